@@ -1,0 +1,726 @@
+"""Observe-R1 (arXiv 2505.12432) in one file: teach a vision-language model to look, reason, answer.
+
+    python observe_r1.py                 # trains the toy: real digits, no network, no GPU, minutes
+    python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data problems.parquet
+    python observe_r1.py train --help    # every option in a line
+
+The file reads in the order of a run. Where the paper and its released code part ways:
+1. KL is part of the loss, so that a group of weight zero moves nothing.
+2. The loss is a mean over a response's tokens, then over responses, however memory splits them.
+3. Mini-batches are whole groups: a prompt and its picture are encoded once for G responses.
+4. Nothing is cut or dropped: a prompt that is too long is refused by name before training.
+5. Accuracy is kept apart from the other rewards: weight and bonus depend on it alone.
+Shapes: B prompts, G responses a prompt, P prompt tokens, T response tokens, N responses (or tokens)
+in a flat list, H hidden size, V vocabulary.
+"""
+
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from qwen_vl_utils import process_vision_info
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+from report import rollout_row, write_report
+from rewards import accuracy_reward, bonus_rewards, dynamic_weight, format_reward
+
+
+@dataclass
+class Config:
+    """All options. The defaults are the published run; --config FILE overrides them, options both."""
+
+    model: str = HfArg(default="Qwen/Qwen2.5-VL-3B-Instruct", help="folder or hub id")
+    data: str = HfArg(default="", help="problems: hub id, folder, .jsonl, .json, .csv or .parquet")
+    eval_data: str = HfArg(default="", help="held-out problems, measured before and after training")
+    split: str = HfArg(default="train", help="split of the data")
+    output_dir: str = HfArg(default="runs/observe-r1", help="folder for all that a run writes")
+    config: str = HfArg(default="", help="JSON file of options; its paths may start at its folder")
+    seed: int = HfArg(default=0, help="seed of the order and of sampling")
+    order: Literal["ladder", "sorted", "random"] = HfArg(default="ladder", help="order of problems")
+    max_steps: int = HfArg(default=0, help="thin the ladder evenly to so many steps; 0: all of it")
+    prompts_per_step: int = HfArg(default=128, help="prompts of one rollout, which is one step")
+    num_generations: int = HfArg(default=8, help="G, the responses sampled for each prompt")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; 0: the likeliest token")
+    max_prompt_tokens: int = HfArg(default=9216, help="longer prompts are refused, never cut")
+    max_new_tokens: int = HfArg(default=8192, help="length cap of a response")
+    min_pixels: int = HfArg(default=3136, help="smaller pictures are enlarged to this area")
+    max_pixels: int = HfArg(default=2560000, help="larger pictures are reduced to this area")
+    cache_gb: float = HfArg(default=16.0, help="GB that a rollout's key/value cache may take")
+    system_prompt: str = HfArg(default="", help="replaces the built-in system prompt")
+    observe: bool = HfArg(default=True, help="ask for and reward <observe>; false: think, answer")
+    min_length: int = HfArg(default=100, help="tokens that a response must exceed for the bonus")
+    bonus: float = HfArg(default=0.2, help="reward of the shortest correct response of a group")
+    dynamic_weight: bool = HfArg(default=True, help="weigh a group by 4 sigma d (1 - d), not by 1")
+    sigma: float = HfArg(default=1.8, help="weight of a half-solved group")
+    minibatch_prompts: int = HfArg(default=8, help="groups of each optimiser step")
+    learning_rate: float = HfArg(default=1e-6, help="peak learning rate")
+    warmup_ratio: float = HfArg(default=0.03, help="share of the optimiser steps that warm up")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm")
+    clip_range: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
+    kl_coef: float = HfArg(default=0.01, help="beta of the KL penalty; 0 loads no reference model")
+    token_budget: int = HfArg(default=16384, help="tokens of a backward pass: memory, not results")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations, save memory")
+    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
+    eval_steps: int = HfArg(default=0, help="measure held-out accuracy every so many steps")
+    num_samples: int = HfArg(default=1, help="responses sampled a problem when evaluating")
+    save_steps: int = HfArg(default=0, help="also save the model every so many steps")
+
+
+# ---------------------------------------------------------------------------------------- problems
+# A problem is a picture (or several, or none), a question and a short answer. Data sets disagree on
+# column names: the table lists what each of ours is called elsewhere, the preferred name first.
+
+COLUMNS = {
+    "id": ("id", "pid", "ID", "question_id", "sample_index", "index", "problem_id"),
+    "images": ("images", "decoded_image", "image", "image_path", "img", "image_1", "file_name"),
+    "question": ("question", "problem", "query", "prompt", "message", "messages"),
+    "answer": ("answer", "solution", "ground_truth", "gold", "label"),
+    "options": ("options", "choices", "option"),
+}
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PROMPTS = {
+    "observe": "Look at the image carefully before you reason. First describe what matters for the "
+    "question inside <observe> </observe>, then reason step by step inside <think> </think>, and "
+    "give only the final answer inside <answer> </answer>.",
+    "think": "Reason step by step inside <think> </think>, then give only the final answer inside "
+    "<answer> </answer>.",
+    "answer": "Give only the final answer inside <answer> </answer>, without any reasoning.",
+}
+
+
+def load_problems(source: str, split: str = "train", processor=None, config=None):
+    """Read any common layout into a Dataset of id, images, question, answer (and ladder scores).
+
+    source: hub id, folder, or file of a type in READERS; picture paths start at its folder. With a
+    processor and a Config each prompt is encoded once, to measure it. One ValueError names the
+    first rows that cannot be used: no or damaged picture, empty or impossible answer, too long.
+    """
+    path, reader = Path(source), READERS.get(Path(source).suffix.lower())
+    try:
+        files = {"data_files": str(path)} if reader else {}
+        raw = datasets.load_dataset(reader or source, split=split, **files)
+    except (FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{source}: cannot be read: {error.__cause__ or error}") from error
+    names = {ours: next((name for name in theirs if name in raw.column_names), None)
+             for ours, theirs in COLUMNS.items()}
+    for ours in ("question", "answer"):
+        if names[ours] is None:
+            raise ValueError(f"{source}: none of {COLUMNS[ours]} is a column, {raw.column_names} are")
+    scores = {"difficulty", "complexity", "stage"} & set(raw.column_names)
+    features = {name: datasets.Value("string") for name in ("id", "question", "answer", "error")}
+    features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
+    problems = raw.with_format("arrow").map(  # arrow rows hold pictures as bytes or path, undecoded
+        partial(_read_row, names=names, folder=path.parent if reader else path, processor=processor,
+                config=config, mixed=[n for n, f in raw.features.items() if f == datasets.Json()]),
+        with_indices=True, remove_columns=list(set(raw.column_names) - scores), desc=path.name,
+        features=datasets.Features(features),
+        load_from_cache_file=False)  # a picture mended on disk must be looked at again
+    bad = [error for error in problems["error"].to_pylist() if error]
+    if bad:
+        raise ValueError(f"{source}: {len(bad)} of {len(problems)} rows cannot be used; mend or "
+                         "remove them. The first:\n  " + "\n  ".join(bad[:5]))
+    return problems.with_format(None).remove_columns("error")
+
+
+def _read_row(table, index, names: dict, folder: Path, processor, config, mixed: list) -> dict:
+    """One row in our columns; what is wrong goes into `error`, so that all rows are read."""
+    (row,) = table.to_pylist()
+    row |= {name: json.loads(row[name]) for name in mixed if row[name]}  # types differ by row
+    value = {ours: row[name] if name else None for ours, name in names.items()}
+    out = {"id": str(index if value["id"] is None else value["id"]), "images": [], "error": ""}
+    try:
+        question, pictures = _read_message(value["question"])
+        if names["images"] == "image_1":  # one column for each picture
+            pictures = [row[name] for name in sorted(row) if re.fullmatch(r"image_\d+", name)]
+        elif names["images"]:
+            pictures = value["images"] if isinstance(value["images"], list) else [value["images"]]
+        for picture in filter(None, pictures):
+            if isinstance(picture, str):
+                picture = {"path": str(folder / picture.removeprefix("file://")), "bytes": None}
+            out["images"].append(picture)
+        out["question"], out["answer"] = _add_options(question, value["answer"], value["options"])
+        if not out["question"].strip() or not out["answer"]:
+            raise ValueError("the question or the answer is empty")
+        images = [datasets.Image().decode_example(picture) for picture in out["images"]]
+        if processor is not None:
+            prompt = encode_prompts([out | {"images": images}], processor, config)["input_ids"]
+            if prompt.shape[1] > config.max_prompt_tokens:
+                raise ValueError(f"the prompt has {prompt.shape[1]} tokens, --max_prompt_tokens is "
+                                 f"{config.max_prompt_tokens}; --max_pixels makes it shorter")
+    except (ValueError, OSError, SyntaxError) as error:  # what we raise, and what PIL does
+        out["error"] = f"row {index} (id {out['id']}): {error}"
+    return {"question": "", "answer": "", **out}
+
+
+def _read_message(question) -> tuple[str, list]:
+    """Text and pictures of a plain question or of chat messages (a list, or its JSON string)."""
+    if isinstance(question, str) and question.lstrip().startswith('[{"'):
+        question = json.loads(question)
+    parts = [{"text": str(question or "")}]
+    if isinstance(question, list):
+        contents = [message["content"] for message in question if message["role"] == "user"]
+        parts = [part for content in contents
+                 for part in ([{"text": content}] if isinstance(content, str) else content)]
+    text = "\n".join(part["text"] for part in parts if part.get("text"))
+    text = re.sub(r"<image\s?(\d*)>", lambda mark: mark[1] and f"picture {mark[1]}", text)
+    return text.strip(), [part["image"] for part in parts if part.get("image")]
+
+
+def _add_options(question: str, answer, options) -> tuple[str, str]:
+    """Append lettered options to the question; a gold that quotes one becomes its letter."""
+    answer = "" if answer is None else str(answer).strip()
+    options = json.loads(options) if isinstance(options, str) else options
+    if not options:
+        return question, answer
+    texts = [str(o).strip() for o in (options.values() if isinstance(options, dict) else options)]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(texts)]
+    letter = letters[texts.index(answer)] if answer in texts else answer.strip("(). ").upper()
+    if len(letter) != 1 or letter not in letters:
+        raise ValueError(f"the answer {answer!r} is none of the options {texts}")
+    return "\n".join([question, *(f"({a}) {b}" for a, b in zip(letters, texts))]), letter
+
+
+def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
+    """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
+
+    System prompt, then pictures, then the question. num_images [B] says how many pictures a prompt
+    has; pixel_values and image_grid_thw hold those of all prompts end to end.
+    """
+    chats = []
+    for problem in problems:
+        pictures = [{"type": "image", "image": image, "min_pixels": config.min_pixels,
+                     "max_pixels": config.max_pixels} for image in problem["images"]]
+        system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
+        user = [*pictures, {"type": "text", "text": problem["question"]}]
+        chats.append([{"role": "system", "content": system}, {"role": "user", "content": user}])
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    images, _ = process_vision_info(chats)  # loads and resizes; the processor must not do it again
+    batch = processor(text=texts, images=images, do_resize=False, padding=True,
+                      padding_side="left", return_tensors="pt")
+    batch["num_images"] = torch.tensor([len(problem["images"]) for problem in problems])
+    return batch
+
+
+# ------------------------------------------------------------------------------------------ ladder
+# The paper's NeuraLadder: nine levels of difficulty (share of wrong responses among 8) and nine
+# stages; each stage draws mostly from its own level and a little from the four nearest ones.
+
+STAGES = (  # the paper's figure: lowest level of a stage, shares of five levels from there upwards
+    (0, (0.29, 0.18, 0.19, 0.19, 0.17)),
+    (0, (0.05, 0.50, 0.15, 0.155, 0.15)),
+    (0, (0.02, 0.08, 0.51, 0.17, 0.23)),
+    (1, (0.03, 0.07, 0.505, 0.21, 0.19)),
+    (2, (0.03, 0.07, 0.58, 0.19, 0.14)),
+    (3, (0.03, 0.10, 0.575, 0.15, 0.15)),
+    (4, (0.05, 0.12, 0.54, 0.18, 0.12)),
+    (4, (0.02, 0.055, 0.10, 0.685, 0.14)),
+    (4, (0.02, 0.05, 0.07, 0.15, 0.72)),
+)
+
+
+def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Order problems into nine stages of smoothly rising difficulty (NeuraLadder).
+
+    difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens.
+    Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
+
+    Shares and level sizes n_l fix the stage sizes: sum_i size_i share_il = n_l. From one stage a
+    level, each round sends every level to the stages in proportion to what they ask of it (EM for
+    mixture weights). At the figure's level sizes that ends in the figure, elsewhere as near to it
+    as using each problem once allows; no stage takes from a level in which it has no share.
+    """
+    share = np.zeros((9, 9))  # [stage, level]
+    for stage, (low, shares) in enumerate(STAGES):
+        share[stage, low:low + 5] = np.array(shares) / sum(shares)
+    level = np.rint(np.array(difficulty, dtype=float) * 8).astype(int)
+    size = counts = np.bincount(level, minlength=9).astype(float)
+    for _ in range(200):
+        asked = size[:, None] * share
+        part = asked / np.maximum(asked.sum(0), 1e-12)  # where each level's problems go
+        size = part @ counts
+    rng, placed = random.Random(seed), []
+    for l in range(9):
+        members = sorted(np.flatnonzero(level == l).tolist(), key=lambda i: complexity[i])
+        ends = np.rint(part[:, l].cumsum() * len(members)).astype(int)
+        for stage, (start, end) in enumerate(zip([0, *ends], ends)):
+            shift = rng.random()  # a level is spread evenly over its stage, at a phase of its own
+            placed += [(stage, (k - start + shift) / (end - start), members[k])
+                       for k in range(start, end)]
+    placed.sort()
+    return [problem for _, _, problem in placed], [stage for stage, _, _ in placed]
+
+
+def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
+    """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
+    order, columns = list(range(len(problems))), problems.column_names
+    scored = "difficulty" in columns and "complexity" in columns
+    if config.order == "random":
+        random.Random(config.seed).shuffle(order)
+    elif config.order == "sorted":
+        if not scored:
+            raise ValueError(f"--order sorted needs difficulty and complexity, not just {columns}")
+        order = np.lexsort((problems["complexity"], problems["difficulty"])).tolist()
+    elif scored and "stage" not in columns:  # with stages it is a ladder already, in its order
+        order, _ = mix_ladder(problems["difficulty"], problems["complexity"], config.seed)
+    wanted = config.max_steps * config.prompts_per_step
+    if 0 < wanted < len(order):  # evenly: a cut would lose the hard end
+        order = [order[int((k + 0.5) * len(order) / wanted)] for k in range(wanted)]
+    return order
+
+
+# ----------------------------------------------------------------------------------------- rollout
+# For each prompt the policy, as it is now, writes G responses.
+
+
+@dataclass
+class Rollouts:
+    """Prompts and their sampled responses; the mask, not a token's value, says what is padding."""
+
+    prompt: dict  # the processor's batch, left padded
+    response_ids: torch.Tensor  # [B,G,T]
+    mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token
+    texts: list[list[str]]  # B lists of G
+
+    def groups(self, rows: list[int], token_budget: int):
+        """Yield (row, responses, their Rollouts): a group, or what the budget holds of a long one."""
+        for row in rows:
+            prompt, lengths = slice_prompts(self.prompt, row, row + 1), self.mask[row].sum(-1)
+            T = int(lengths.max())
+            size = max(1, (token_budget - prompt["input_ids"].shape[1]) // T)
+            for start in range(0, len(lengths), size):
+                part = slice(start, start + size)
+                ids, mask = self.response_ids[row, part, :T], self.mask[row, part, :T]
+                yield row, part, Rollouts(prompt, ids[None], mask[None], [self.texts[row][part]])
+
+
+def slice_prompts(prompt: dict, start: int, end: int) -> dict:
+    """Prompts start to end of an encoded batch, with the patches of just their pictures."""
+    width = int(prompt["attention_mask"][start:end].sum(-1).max())
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    part = {name: prompt[name][start:end, -width:] for name in names}
+    part["num_images"] = prompt["num_images"][start:end]
+    first, last = int(prompt["num_images"][:start].sum()), int(prompt["num_images"][:end].sum())
+    if first < last:
+        patches = prompt["image_grid_thw"].prod(-1)  # of each picture
+        part["image_grid_thw"] = prompt["image_grid_thw"][first:last]
+        part["pixel_values"] = prompt["pixel_values"][patches[:first].sum():patches[:last].sum()]
+    return part
+
+
+def model_inputs(model, prompt: dict) -> dict:
+    """Inputs of a forward pass over prompts, with rope positions [3,B,P] (time, height, width).
+
+    Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
+    """
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    inputs = {name: prompt[name] for name in names if name in prompt}
+    inputs["position_ids"], _ = model.model.get_rope_index(
+        mm_token_type_ids=prompt["mm_token_type_ids"], **inputs)
+    return inputs
+
+
+def vision_tokens(model) -> list[int]:
+    """Tokens that stand for pictures: once sampled, a later pass looks for a picture and fails."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(model.config, name) for name in names]
+
+
+def autocast(model):
+    """bf16 arithmetic on a GPU. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+@torch.no_grad()
+def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.Tensor]:
+    """B*G responses, each [T] with its stop token; a prompt is read once and its cache serves G."""
+    inputs, G = model_inputs(model, prompt), config.num_generations
+    output = model.model(**inputs, use_cache=True)
+    cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]  # [B,H]
+    cache.batch_repeat_interleave(G)
+    hidden, attention = (x.repeat_interleave(G, 0) for x in (hidden, inputs["attention_mask"]))
+    position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [B*G]
+    ids, stop = position.new_zeros(len(position), config.max_new_tokens), position.new_tensor(stop)
+    length, alive = torch.zeros_like(position), torch.arange(len(ids), device=ids.device)
+    for t in range(config.max_new_tokens):
+        logits = model.lm_head(hidden).float()  # [responses still being written, V]
+        logits[:, vision_tokens(model)] = -torch.inf
+        if config.temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial((logits / config.temperature).softmax(-1), 1).squeeze(-1)
+        ids[alive, t], length[alive] = token, t + 1
+        going = ~torch.isin(token, stop)
+        if not going.any() or t + 1 == config.max_new_tokens:
+            break
+        if not going.all():  # finished responses leave the batch
+            cache.batch_select_indices(going.nonzero().squeeze(-1))
+            alive, token, position, attention = (
+                x[going] for x in (alive, token, position, attention))
+        position, attention = position + 1, pad(attention, (0, 1), value=1)
+        hidden = model.model(
+            input_ids=token[:, None], attention_mask=attention, past_key_values=cache,
+            position_ids=position[:, None].expand(3, -1, 1)).last_hidden_state[:, -1]
+    return [response[:n] for response, n in zip(ids, length)]
+
+
+def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
+    """Sample G responses for each problem. `train` takes any function of this signature instead.
+
+    Prompts go in chunks whose key/value cache fits --cache_gb even if all responses reach the cap.
+    """
+    model.eval()  # in training mode, gradient checkpointing drops the cache without an error
+    prompt, G = encode_prompts(problems, processor, config).to(model.device), config.num_generations
+    eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
+    stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    text = model.config.get_text_config()
+    per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
+        text.hidden_size // text.num_attention_heads)  # bytes of keys and values in bf16
+    tokens = G * (prompt["input_ids"].shape[1] + config.max_new_tokens)
+    chunk, responses = max(1, int(config.cache_gb * 1e9 / (per_token * tokens))), []
+    with autocast(model):
+        for start in range(0, len(problems), chunk):
+            part = slice_prompts(prompt, start, start + chunk)
+            responses += sample(model, part, sorted(stop), config)
+    texts = processor.batch_decode(responses, skip_special_tokens=True)
+    ids, mask = (pad_sequence(rows, batch_first=True).view(len(problems), G, -1)
+                 for rows in (responses, [torch.ones_like(row) for row in responses]))
+    return Rollouts(prompt, ids, mask, [texts[i:i + G] for i in range(0, len(texts), G)])
+
+
+# --------------------------------------------------------------------------- rewards and advantages
+
+
+def score_rollouts(rollouts: Rollouts, problems: list[dict], config: Config) -> dict:
+    """The three rewards and their sum r, each [B,G], and the weight w of each group [B]."""
+    groups = []
+    for problem, texts, lengths in zip(problems, rollouts.texts, rollouts.mask.sum(-1).tolist()):
+        accuracy = [accuracy_reward(text, problem["answer"]) for text in texts]
+        correct = [value == 1 for value in accuracy]  # bonus and weight depend on this alone
+        groups.append({
+            "accuracy": accuracy,
+            "format": [format_reward(text, config.observe) for text in texts],
+            "bonus": bonus_rewards(correct, lengths, config.min_length, config.bonus),
+            "weight": dynamic_weight(correct, config.sigma) if config.dynamic_weight else 1.0})
+    scores = {name: torch.tensor([group[name] for group in groups]) for name in groups[0]}
+    return {"reward": scores["accuracy"] + scores["format"] + scores["bonus"], **scores}
+
+
+def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """A = w (r - mean) / (std + eps) in each group: rewards [B,G], weights [B] -> [B,G].
+
+    The std is the unbiased one (n - 1). Equal rewards are told by their range, because the std of
+    eight times 0.1 is rounding noise and not zero.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.1, 0.1]]), torch.tensor([1.6, 1.6]))
+    tensor([[ 1.8475, -0.9238, -0.9238],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    equal = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True) < eps
+    advantages = weights[:, None] * centred / (rewards.std(-1, keepdim=True) + eps)
+    return advantages.masked_fill(equal, 0.0)
+
+
+# ------------------------------------------------------------------------------- log-probabilities
+
+
+def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """One row of L tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
+
+    A response token sees the prompt and its own response so far, and its position goes on where the
+    prompt ends: just what it would see alone, but prompt and picture are encoded once, not G times,
+    and nothing is padded. Also returns, for each response token, the place of its predecessor.
+    """
+    P, lengths, mask = inputs["input_ids"].shape[1], mask.sum(-1), mask.bool()
+    t = mask.cumsum(-1)[mask]  # 1, 2, ... within each response
+    after = (inputs["position_ids"].max() + t).expand(3, 1, -1)
+    owner = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)
+    owner = pad(owner, (P, 0), value=-1)  # -1 is the prompt, which all may see
+    visible = ((owner == -1) | (owner == owner[:, None])).tril()  # [query,key]
+    before = torch.arange(P - 1, P - 1 + len(t), device=ids.device).where(t > 1, P - 1)
+    return {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids[mask][None]], 1),
+            "position_ids": torch.cat([inputs["position_ids"], after], 2),
+            "attention_mask": visible[None, None]}, before
+
+
+def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk: int = 1024):
+    """log p(target) from hidden states [N,H] and targets [N] -> [N].
+
+    Logits over 152k tokens are the memory peak of such training, so they are made for `chunk` tokens
+    at a time, reduced to one number each, and made again in the backward pass.
+    """
+    def of_chunk(hidden, targets):
+        logits = head(hidden).float() / temperature
+        logits[:, banned] = -torch.inf  # what cannot be sampled has no probability here either
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    pairs = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
+
+
+def response_log_probs(model, rollouts: Rollouts, config: Config) -> torch.Tensor:
+    """Log-probability of each response token at the sampling temperature, [B,G,T]; 0 in padding."""
+    mask, result = rollouts.mask.bool(), []
+    for row, ids in enumerate(rollouts.response_ids):
+        inputs = model_inputs(model, slice_prompts(rollouts.prompt, row, row + 1))
+        inputs, before = pack_group(inputs, ids, mask[row])
+        with autocast(model):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, before]  # [N,H]
+            result.append(token_log_probs(hidden, ids[mask[row]], model.lm_head,
+                                          vision_tokens(model), config.temperature))
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(result))
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_range=0.2,
+              kl_coef=0.01, num_responses=None) -> tuple[torch.Tensor, dict[str, float]]:
+    """GRPO (arXiv 2402.03300): log-probabilities, mask [N,T] and advantages [N] -> loss, metrics.
+
+    Each token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens. The
+    sum over responses is divided by `num_responses`, all that were sampled for this optimiser step
+    (N if None). `ref_log_probs` may be None: no KL. The metrics are means over the N responses.
+    """
+    mask = mask.to(log_probs.dtype)
+
+    def per_response(values):  # [N,T] -> [N], the mean over each response's own tokens
+        return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+    ratio = (log_probs - old_log_probs).exp()
+    gain = ratio * advantages[:, None]
+    clipped_gain = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages[:, None]
+    q = torch.zeros_like(log_probs) if ref_log_probs is None else ref_log_probs - log_probs
+    kl = q.exp() - q - 1  # unbiased and never negative
+    cost = per_response(kl_coef * kl - torch.min(gain, clipped_gain))
+    metrics = {"kl": kl, "clip_fraction": (clipped_gain < gain).to(mask.dtype)}
+    return (cost.sum() / (num_responses or len(cost)),
+            {name: per_response(values).mean().item() for name, values in metrics.items()})
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def train(config: Config, rollout=rollout) -> dict:
+    """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
+    started, state = time.time(), prepare(config)
+    before = evaluate(state, config, rollout)
+    progress = tqdm(state.steps, unit="step", desc="training")
+    for rows in progress:  # easy to hard
+        clock = time.time()
+        problems = list(state.problems.select(rows))
+        rollouts = rollout(state.model, state.processor, problems, config)  # B x G responses
+        scores = score_rollouts(rollouts, problems, config)  # accuracy + format + bonus, and w(d)
+        advantages = group_advantages(scores["reward"], scores["weight"])  # w (r - mean) / std
+        metrics = update(state, rollouts, advantages, config)  # GRPO
+        state.step += 1
+        if config.eval_steps and state.step % config.eval_steps == 0:
+            metrics["eval_accuracy"] = evaluate(state, config, rollout)
+        if config.save_steps and state.step % config.save_steps == 0:
+            save_model(state, Path(config.output_dir) / f"checkpoint-{state.step}")
+        metrics["seconds"] = round(time.time() - clock, 3)
+        log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
+    save_model(state, Path(config.output_dir) / "final")
+    after = evaluate(state, config, rollout)
+    return summarize(state, config, before, after, time.time() - started)
+
+
+def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) -> dict:
+    """The optimiser steps of one rollout: mini-batches of whole groups, one group a backward pass.
+
+    A group whose advantages are all zero is skipped, its KL too; it counts in the denominator.
+    """
+    advantages = advantages.to(rollouts.mask.device)  # [B,G]
+    trained = advantages.any(1).nonzero().flatten().tolist()
+    passes = list(rollouts.groups(trained, config.token_budget))
+    minibatches = torch.arange(len(advantages)).split(config.minibatch_prompts)
+    ref = old = [None] * len(passes)
+    with torch.no_grad():
+        if state.reference is not None:
+            ref = [response_log_probs(state.reference, micro, config)[0] for *_, micro in passes]
+        if len(minibatches) > 1:  # with a single one, the policy that sampled is the one that learns
+            old = [response_log_probs(state.model, micro, config)[0] for *_, micro in passes]
+    totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}, []
+    state.model.train()
+    for rows in minibatches:
+        mine = [i for i, (row, *_) in enumerate(passes) if row in rows]
+        for i in mine:
+            row, part, micro = passes[i]
+            log_probs = response_log_probs(state.model, micro, config)[0]  # [N,T]
+            loss, metrics = grpo_loss(
+                log_probs, log_probs.detach() if old[i] is None else old[i], ref[i],
+                advantages[row, part], micro.mask[0], config.clip_range, config.kl_coef,
+                num_responses=advantages[rows].numel())
+            loss.backward()
+            totals["loss"] += loss.item() / len(minibatches)
+            for name, value in metrics.items():
+                totals[name] += value * len(log_probs) / advantages[trained].numel()
+        if mine:  # without any, not even momentum may move the weights
+            parameters = state.model.parameters()
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.optimizer_step += 1
+        rate = state.scheduler.get_last_lr()[0]
+        state.scheduler.step()
+    return {"optimizer_step": state.optimizer_step, **totals, "learning_rate": rate,
+            "grad_norm": sum(norms) / max(1, len(norms))}
+
+
+# ------------------------------------------------------------------------------- around a training
+
+
+def load_model(config: Config) -> transformers.PreTrainedModel:
+    """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU if there is none."""
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        config.model, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare(config: Config) -> SimpleNamespace:
+    """Load everything, refuse bad input before the first step, and say what is going to happen."""
+    if not config.data:
+        raise ValueError("--data is missing: hub id, folder, .jsonl, .json, .csv or .parquet file")
+    transformers.set_seed(config.seed)
+    processor = transformers.AutoProcessor.from_pretrained(config.model)
+    problems = load_problems(config.data, config.split, processor, config)
+    held_out = None
+    if config.eval_data:
+        held_out = load_problems(config.eval_data, "train", processor, config)
+    order, size = training_order(problems, config), config.prompts_per_step
+    steps = [order[start:start + size] for start in range(0, len(order), size)]
+    model = load_model(config)
+    reference = load_model(config).eval().requires_grad_(False) if config.kl_coef else None
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    updates = sum(-(-len(step) // config.minibatch_prompts) for step in steps)
+    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (output / name).write_text("")
+    weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
+    memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
+    print(f"""\
+model    {config.model} on {model.device}: {weights:,} parameters, {learned:,} of them trained
+memory   {memory:.3g} GB: fp32 weights, gradients, AdamW{" and reference" * bool(reference)}; on top,
+         {"bf16" if model.device.type == "cuda" else "fp32"} activations and up to {config.cache_gb:g} GB of key/value cache in rollouts
+data     {len(problems)} problems in {config.data}, {len(order)} read in {config.order} order
+batches  {len(steps)} steps x {size} prompts x {config.num_generations} responses; {updates} optimiser steps""")
+    return SimpleNamespace(
+        model=model, reference=reference, processor=processor, optimizer=optimizer, steps=steps,
+        scheduler=scheduler, problems=problems, held_out=held_out, step=0, optimizer_step=0)
+
+
+def evaluate(state, config: Config, rollout=rollout) -> float | None:
+    """Accuracy on the held-out problems, mean of --num_samples sampled responses, always one seed."""
+    if state.held_out is None:
+        return None
+    accuracy, sampling = [], replace(config, num_generations=config.num_samples)
+    size = max(1, config.prompts_per_step * config.num_generations // config.num_samples)
+    with torch.random.fork_rng():  # training goes on with the random numbers it would have had
+        torch.manual_seed(config.seed)
+        for rows in torch.arange(len(state.held_out)).split(size):
+            problems = list(state.held_out.select(rows.tolist()))
+            rollouts = rollout(state.model, state.processor, problems, sampling)
+            accuracy.append(score_rollouts(rollouts, problems, sampling)["accuracy"].flatten())
+    return torch.cat(accuracy).mean().item()
+
+
+def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
+    """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
+    output, lengths = Path(config.output_dir), rollouts.mask.sum(-1)
+    metrics = {"step": state.step, **{name: value.mean().item() for name, value in scores.items()},
+               "response_length": lengths.float().mean().item(),
+               "truncated_fraction": (lengths >= config.max_new_tokens).float().mean().item(),
+               "zero_weight_fraction": (advantages == 0).all(1).float().mean().item(), **metrics}
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    columns = {**scores, "advantage": advantages, "length": lengths}
+    with open(output / "rollouts.jsonl", "a") as file:
+        for i, problem in enumerate(problems[:2]):
+            group = {name: values[i].tolist() for name, values in columns.items()}
+            row = rollout_row(state.step, problem, rollouts.texts[i], group)
+            file.write(json.dumps(row) + "\n")
+    shown = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
+    progress.write("  ".join([f"step {state.step}"] + [
+        f"{name} {metrics[name]:.3g}" for name in shown.split() if name in metrics]))
+    if state.step in (1, len(state.steps)):  # a look at what the policy writes, first and last
+        for text, *numbers in list(zip(rollouts.texts[0], scores["reward"][0], advantages[0]))[:3]:
+            progress.write("    {!r}  reward {:.1f}  advantage {:+.2f}".format(text, *numbers))
+
+
+def save_model(state, folder: Path) -> None:
+    """Write a folder that from_pretrained and AutoProcessor load."""
+    state.model.save_pretrained(folder)
+    state.processor.save_pretrained(folder)
+
+
+def summarize(state, config: Config, before, after, seconds: float) -> dict:
+    """Write summary.json and report.html, and say where things are."""
+    output = Path(config.output_dir)
+    summary = {"accuracy_before": before, "accuracy_after": after, "steps": state.step,
+               "seconds": round(seconds, 1)}
+    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_report(output)
+    if state.held_out is not None:
+        print(f"held-out accuracy {before:.3f} -> {after:.3f}, "
+              f"{len(state.held_out)} problems x {config.num_samples} responses")
+    print(f"{seconds:.0f} s; see {output / 'report.html'}; the model is {output / 'final'}")
+    return summary
+
+
+# ------------------------------------------------------------------------------------ command line
+
+COMMANDS = {"train": train}
+TOY = Path(__file__).resolve().parent / "toy" / "config.json"
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
+    """Command and Config; no arguments at all train the toy."""
+    command, *options = arguments or ["train", "--config", str(TOY)]
+    if command not in COMMANDS:
+        raise SystemExit(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
+    parser = transformers.HfArgumentParser(Config, prog=f"observe_r1.py {command}")
+    (config,) = parser.parse_args_into_dataclasses(options)
+    if config.config:
+        (base,) = parser.parse_json_file(config.config)  # refuses options that do not exist
+        for name in ("model", "data", "eval_data"):  # a path may start at the file's own folder
+            own = Path(config.config).parent / getattr(base, name)
+            if getattr(base, name) and own.exists():
+                setattr(base, name, str(own))
+        parser.set_defaults(**asdict(base))  # options that were given win over these
+        (config,) = parser.parse_args_into_dataclasses(options)
+    return command, config
+
+
+def main() -> None:
+    try:
+        command, config = parse_arguments(sys.argv[1:])
+        COMMANDS[command](config)
+    except ValueError as error:
+        raise SystemExit(f"observe_r1: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

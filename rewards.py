@@ -1,0 +1,503 @@
+r"""The rewards of Observe-R1 (arXiv 2505.12432): standard library alone, safe on whatever a policy writes.
+
+    accuracy_reward(response, gold)    1.0 if the final answer matches the gold by rule, else 0.0
+    format_reward(response)            0.5 if <observe>, <think>, <answer> stand where they should
+    bonus_rewards(correct, lengths)    0.2 to the shortest correct response over a length floor
+    dynamic_weight(correct)            4 sigma d (1 - d): half-solved groups count most
+
+What `answers_match` understands; it tries the rows from top to bottom, and what no row reads is text:
+
+    choice       B   (b)   **B**   B. 12 cm   The correct answer is (B).     two letters are wrong
+    list         (2, 3)   [1, 2)   {2, 1}   3 and -3   \pm 3     sets and bare lists in any order
+    relation     x = 5   180 - 45 = 135   x >= 5   5 <= x   2x - y + 1 = 0
+    ratio, time  1:2   12:00
+    quantity     1,345   -0.5   50%   60^\circ   12 cm   9\pi cm^2   2 hours     one unit may be missing
+    expression   sum   = ["-"] product {("+" | "-") product}
+                 product = power {["*" | "/"] power}     3(4) is 12, but 3 4 is nothing
+                 power = atom ["^" power]
+                 atom  = number | variable | (sum) | |sum| | \frac{sum}{sum} | \sqrt[n]{sum} | \sin power
+    text         case, articles and outer punctuation do not count; yes, no, true, false may go on
+
+Numbers are exact fractions as long as they can be; a decimal of three or more digits also matches what
+rounds to it (3.14 and \pi). Expressions are equal if they agree at fixed points, negative ones among
+them. Nothing is ever evaluated by Python's own evaluator; length, depth and exponents are capped.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+
+MAX_LENGTH = 400  # longer answers are compared as text only
+
+# ------------------------------------------------------------------------------------------ answer
+
+
+def extract_answer(response: str) -> str | None:
+    r"""The final answer: the last complete <answer> block, else an unclosed one, else the last \boxed{}.
+
+    Returns None if there is none of these, which scores 0 (method, section 3).
+
+    >>> extract_answer("<answer>11</answer> or <answer>12</answer>"), extract_answer(r"so \boxed{12}")
+    ('12', '12')
+    """
+    start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
+    if start >= 0:
+        return response[start + 8:response.find("</answer>", start)]
+    start = response.rfind("<answer>")
+    if start >= 0:
+        return response[start + 8:]
+    start, depth = response.rfind(r"\boxed{"), 0
+    for end in range(start + 6, len(response)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(response[end], 0)
+        if depth == 0:
+            return response[start + 7:end]
+    return None
+
+
+_SYMBOLS = {  # LaTeX and Unicode spellings of one thing
+    **{rf"\{name}": "" for name in ("left", "right", "displaystyle", "quad", "qquad", "!", "$")},
+    **{rf"\{mark}": " " for mark in (",", ";", ":", " ")},
+    **{rf"\{name}": "*" for name in ("cdot", "times", "ast")},
+    **{rf"\{name}frac": r"\frac" for name in "dtc"},
+    r"\div": "/", r"\leqslant": "≤", r"\geqslant": "≥", r"\leq": "≤", r"\geq": "≥", r"\le": "≤",
+    r"\ge": "≥", r"\neq": "≠", r"\ne": "≠", r"\lt": "<", r"\gt": ">", r"\pm": "±", r"\infty": "∞",
+    r"\emptyset": "∅", r"\varnothing": "∅", r"\angle": "∠", r"\degree": "°", r"\circ": "°",
+    r"\{": "{", r"\}": "}", r"\%": "%", r"\Omega": "Ω", r"\mu": "μ", r"\pi": "π", r"\alpha": "α",
+    r"\beta": "β", r"\gamma": "γ", r"\theta": "θ", r"\phi": "φ", r"\varphi": "φ", r"\lambda": "λ",
+    "~": " ", "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "√": r"\sqrt",
+    "∘": "°", "º": "°", "µ": "μ", "<=": "≤", ">=": "≥", "!=": "≠", "：": ":", "，": ",", "⁄": "/",
+}
+_SYMBOL = re.compile("|".join(
+    re.escape(key) + ("(?![a-zA-Z])" if key[-1].isalpha() and key[0] == "\\" else "")
+    for key in sorted(_SYMBOLS, key=len, reverse=True)))
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox)\s*\{([^{}]*)\}")
+_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?(?:answer|option|choice)"
+                   r"(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
+_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:[, ][0-9]{3})+)(?![0-9,])")
+
+
+def _clean(answer: str) -> str:
+    """One spelling for wrappers, symbols and white space; a long answer only loses its white space."""
+    text = " ".join(answer.split())
+    if len(text) > MAX_LENGTH:
+        return text
+    text = "".join(f" {unicodedata.normalize('NFKC', c)}" if unicodedata.category(c) == "No"
+                   and "⁄" in unicodedata.normalize("NFKC", c) else c for c in text)  # ½ -> 1⁄2
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    text = text.replace("$", "").replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
+    text = _WRAPPED.sub(r" \1 ", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
+    text = re.sub(r"\^ ?(?:\{ ?°? ?\}|°)|\^o\b", "°", re.sub(r"\^ ?\{ ?° ?\}", "°", text))
+    for _ in range(4):  # wrappers nest: **\boxed{...}**
+        text = text.strip(" \t.,;`\"'").removeprefix("**").removesuffix("**")
+        boxed = re.fullmatch(r"\\(?:boxed|fbox) ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", text)
+        text = boxed[1] if boxed else _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = " ".join(text.replace("**", "^").split())
+    return text if text[:1] in "([{" else _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[1]), text)
+
+
+def _choice(answer: str) -> str | None:
+    """The letter of a choice: alone, in delimiters, or before its own option text; None if unclear."""
+    alone = re.fullmatch(r"[(\[{]? ?([A-Za-z]) ?[)\]}.:]?", answer)
+    if alone:
+        return alone[1].upper()
+    marks = re.findall(r"(?:^|(?<=[\s,;]))(?:\(([A-Z])\)|([A-Z])[.):](?=\s|$)|([A-Z]) - )", answer)
+    letters = {"".join(mark) for mark in marks}
+    starts = re.match(r"\(?[A-Z](?:\)|[.:] | - )", answer)
+    return letters.pop() if starts and len(letters) == 1 else None
+
+
+# -------------------------------------------------------------------------------------- expression
+
+_FUNCTIONS = {"sqrt": math.sqrt, "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log,
+              "log": math.log10, "exp": math.exp, "arcsin": math.asin, "arccos": math.acos,
+              "arctan": math.atan}
+_TOKEN = re.compile(r" *(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\?(" + "|".join(_FUNCTIONS) + r")(?![a-z])"
+                    r"|\\(frac)|([^\W\d_](?:_(?:\{\w+\}|\w))?)|([-+*/^(){}\[\]|°!∞]))")
+
+
+class _Parser:
+    """Recursive descent over the grammar of the module docstring, evaluated at one point at once."""
+
+    def __init__(self, text: str, point: int):
+        text = re.sub(r"(?<![\w.^])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![\w.])", r"(\1+\2/\3)", text)
+        text = re.sub(r"(?<![\w.^])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text)
+        text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", text)  # 1 1/2, 1\frac{1}{2}, \frac12
+        self.tokens, self.at, self.depth, self.point, self.degrees = [], 0, 0, point, False
+        place = 0
+        while place < len(text):
+            token = _TOKEN.match(text, place)
+            if not token or re.search(r"[^\W\d_]{3}", text[place:place + 3]) and token[4]:
+                raise ValueError("not an expression")
+            self.tokens.append((token.lastindex, token[token.lastindex]))
+            place = token.end()
+        self.tokens.append((0, ""))
+
+    def peek(self) -> str:
+        return self.tokens[self.at][1]
+
+    def take(self, wanted: str = "") -> str:
+        kind, token = self.tokens[self.at]
+        if wanted and token != wanted or not kind:
+            raise ValueError("not an expression")
+        self.at += 1
+        return token
+
+    def sum(self):
+        self.depth += 1
+        if self.depth > 30:
+            raise ValueError("too deep")
+        sign = -1 if self.peek() in "+-" and self.peek() and self.take() == "-" else 1
+        value = sign * self.product()
+        while self.peek() in ("+", "-"):
+            value = value + self.product() if self.take() == "+" else value - self.product()
+        self.depth -= 1
+        return value
+
+    def product(self):
+        value = self.power()
+        while True:
+            kind, token = self.tokens[self.at]
+            if token == "*":
+                self.take()
+                value = value * self.power()
+            elif token == "/":
+                self.take()
+                value = value / self.power()
+            elif kind in (2, 3, 4) or token and token in "({∞":
+                value = value * self.power()  # written side by side
+            else:
+                return value
+
+    def power(self):
+        if self.peek() == "-":
+            self.take()
+            return -self.power()
+        value = self.atom()
+        if self.peek() == "°":
+            self.take()
+            self.degrees = True
+        if self.peek() == "^":
+            self.take()
+            return self.raised(value, self.power())
+        return value
+
+    def raised(self, value, exponent):
+        if abs(exponent) > 1000 or isinstance(value, Fraction) and (
+                value.numerator.bit_length() + value.denominator.bit_length()) * abs(exponent) > 20000:
+            raise ValueError("too large")
+        value = value ** exponent
+        if isinstance(value, complex):
+            raise ValueError("not real")
+        return value
+
+    def group(self, close: str):
+        value = self.sum()
+        self.take(close)
+        return value
+
+    def atom(self):
+        kind, token = self.tokens[self.at]
+        self.take()
+        if kind == 1:
+            return Fraction(token)
+        if kind == 2:
+            return self.function(token)
+        if kind == 3:
+            self.take("{")
+            top = self.group("}")
+            self.take("{")
+            return top / self.group("}")
+        if kind == 4:
+            if token in "πe":
+                return math.pi if token == "π" else math.e
+            letters = token.replace("{", "").replace("}", "")  # x_{1} is x_1
+            code = sum((i + 1) * ord(c) for i, c in enumerate(letters))
+            return Fraction((code * (self.point + 3) * 7919) % 997 - 400, 211)  # some below zero
+        if token in "({":
+            return self.group({"(": ")", "{": "}"}[token])
+        if token == "|":
+            return abs(self.group("|"))
+        if token == "∞":
+            return math.inf
+        raise ValueError("not an expression")
+
+    def function(self, name: str):
+        root = 2
+        if name == "sqrt" and self.peek() == "[":
+            self.take()
+            root = self.group("]")
+        self.degrees = False
+        value = self.power()
+        if name != "sqrt":
+            return _FUNCTIONS[name](math.radians(value) if self.degrees else value)
+        exact = round(abs(value) ** (1 / Fraction(root))) if isinstance(value, Fraction) else 0
+        if exact ** root == value:
+            return Fraction(exact)
+        return float(value) ** (1 / float(root)) if value >= 0 else math.sqrt(value)
+
+
+def _evaluate(text: str, point: int = 0):
+    """Value at a fixed point (Fraction or float), or None if the text is no expression there."""
+    if not text or len(text) > MAX_LENGTH or not re.search(r"[0-9π∞]|[-+*/^|]|^[^\W\d_](_\w)?$", text):
+        return None  # a bare word is text, not a product of letters
+    try:
+        parser = _Parser(text, point)
+        value = parser.sum()
+        return value if not parser.peek() and not math.isnan(value) else None
+    except (ValueError, ArithmeticError, TypeError, RecursionError):
+        return None
+
+
+# ------------------------------------------------------------------------------------- comparison
+
+_UNITS = {"percent": "%", "degree": "°", "deg": "°", "centimeter": "cm", "millimeter": "mm",
+          "meter": "m", "kilometer": "km", "gram": "g", "kilogram": "kg", "liter": "l", "second": "s",
+          "sec": "s", "minute": "min", "hour": "h", "hr": "h", "inch": "in", "feet": "ft", "foot": "ft",
+          "centimetre": "cm", "metre": "m", "kilometre": "km", "litre": "l", "dollar": "$"}
+_UNIT = re.compile(r"(.*[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
+                   r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
+                   r"(?:[cmk]?m|k?g|m[lL]|ft|in)(?:\^?[23])?)")
+_WORDS = {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split())}
+
+
+def _quantity(text: str) -> tuple[str, str]:
+    """Number and unit, the unit in one spelling: '12 square centimeters' -> ('12', 'cm^2')."""
+    text = text.removeprefix("≈").strip()
+    match = _UNIT.fullmatch(text)
+    if not match or _evaluate(match[1]) is None:
+        return text, ""
+    words = []
+    for word in re.findall(r"[^\W\d_]+|[%°/]|\^?[0-9]", match[2]):
+        word = _UNITS.get(word.lower(), _UNITS.get(word.lower().removesuffix("s"), word))
+        words.append("^" + word if word.isdigit() else word)
+    for name, power in (("square", "^2"), ("sq", "^2"), ("cubic", "^3")):
+        if name in words:
+            words = [word for word in words if word != name] + [power]
+    return match[1].strip(), "".join(words)
+
+
+def _places(text: str) -> int:
+    """Decimals of a literal of at least three significant digits, which may have been rounded; else 0."""
+    match = re.fullmatch(r"-? ?([0-9]*)\.([0-9]+)", text)
+    return len(match[2]) if match and len((match[1] + match[2]).lstrip("0")) >= 3 else 0
+
+
+def _same_number(a, b, places: int = 0) -> bool:
+    if isinstance(a, Fraction) and isinstance(b, Fraction) and not places:
+        return a == b
+    return a == b or abs(a - b) <= max(1e-9 * max(abs(a), abs(b)), 0.5000001 * 10 ** -places if places else 0)
+
+
+def _same_quantity(a: str, b: str) -> bool:
+    """Both are expressions of the same value, or of the same values at several points."""
+    (a, unit_a), (b, unit_b) = _quantity(a), _quantity(b)
+    x, y = _evaluate(a), _evaluate(b)
+    if x is None or y is None or unit_a and unit_b and unit_a != unit_b:
+        return False
+    factors = [1]  # 50% is 50 or 0.5, 90 degrees is 90 or pi/2, if the other side has no unit
+    if unit_a != unit_b and (unit_a + unit_b) in ("%", "°"):
+        factors.append(Fraction(1, 100) if unit_a + unit_b == "%" else math.pi / 180)
+    places = [n for n in (_places(a), _places(b)) if n]
+    for factor in factors:
+        p, q = (x * factor, y) if unit_a else (x, y * factor)
+        if _same_number(p, q, min(places) if places and factor == 1 else 0):
+            others = [(_evaluate(a, k), _evaluate(b, k)) for k in (1, 2, 3)]
+            defined = [(s, t) for s, t in others if s is not None and t is not None]
+            return factor != 1 or bool(defined) and all(_same_number(s, t, 0 if s != x else min(
+                places, default=0)) for s, t in defined)
+    return False
+
+
+def _items(text: str) -> tuple[str, list[str], str] | None:
+    """(opening, items, closing) of a list, '' and '' if it is bare; None if it is no list."""
+    if text.count("±") == 1:
+        return "{", [text.replace("±", "+").lstrip("+ "), text.replace("±", "-")], "}"
+    depth, items, start, closed = 0, [], 0, -1
+    for place, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and c in ")]}" and closed < 0:
+            closed = place
+    whole = text[:1] in ("(", "[", "{") and closed == len(text) - 1
+    inner = text[1:-1] if whole else re.sub(r",? (?:and|or) ", ",", text)
+    for place, c in enumerate(inner + ","):
+        depth += (c in "([{") - (c in ")]}")
+        if c in ",;" and depth == 0:
+            items.append(inner[start:place].strip())
+            start = place + 1
+    if len(items) < 2 and not (whole and text[0] == "{"):
+        return None
+    return (text[0], items, text[-1]) if whole else ("", items, "")
+
+
+def _same_list(a, b) -> bool:
+    (open_a, a, close_a), (open_b, b, close_b) = a, b
+    if open_a and open_b and (open_a + close_a != open_b + close_b) or len(a) != len(b):
+        return False
+    if open_a in ("(", "[") or open_b in ("(", "["):
+        return all(map(_same, a, b))
+    rest = list(b)  # sets and bare lists, in any order
+    for item in a[:20]:
+        found = next((other for other in rest if _same(item, other)), None)
+        if found is None:
+            return False
+        rest.remove(found)
+    return len(a) <= 20
+
+
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+
+
+def _solved(text: str) -> tuple[str, str]:
+    """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
+    sides = [side.strip() for side in text.split("=")]
+    names = [bool(re.fullmatch(r"(?:[^\W\d]|[(){} ,'∠\\]|_\{?\d\}?){1,30}", side)) for side in sides]
+    if len(sides) == 2 and names[0] != names[1]:
+        return tuple(sides if names[0] else sides[::-1])
+    values = [_evaluate(_quantity(side)[0]) for side in sides[names[0]:]]
+    if len(sides) > 1 and None not in values and all(_same_number(v, values[0]) for v in values):
+        return (sides[0] if names[0] else ""), sides[-1]
+    return "", text
+
+
+def _same_relation(a: str, b: str) -> bool:
+    """Equations and inequalities; an equation that names its value may stand for the value."""
+    (name_a, value_a), (name_b, value_b) = _solved(a), _solved(b)
+    if (name_a or value_a != a or "=" not in a) and (name_b or value_b != b or "=" not in b) and (
+            not re.search("[<>≤≥≠]", a + b)):
+        return (not name_a or not name_b or name_a == name_b) and _same(value_a, value_b)
+    left, right = (re.split("([=<>≤≥≠])", side) for side in (a, b))
+    for sides in (left, [_FLIPPED.get(part, part) for part in left[::-1]]):
+        if sides[1::2] == right[1::2] and all(map(_same, sides[::2], right[::2])):
+            return True
+    if left[1::2] == right[1::2] == ["="]:  # the same curve: differences of the sides are proportional
+        pairs = [[_evaluate(f"({l})-({r})", k) for l, _, r in (left, right)] for k in range(3)]
+        if all(None not in pair and pair[1] for pair in pairs):
+            return all(_same_number(p / q, pairs[0][0] / pairs[0][1]) for p, q in pairs)
+    return False
+
+
+def _text(text: str) -> str:
+    text = re.sub(r"^(?:an?|the) ", "", " ".join(text.lower().replace("\\", " ").split()).strip(" .,;:!?"))
+    return _WORDS.get(text, text)
+
+
+def _same(a: str, b: str) -> bool:
+    """Two cleaned answers, no choices: the rows of the table in the module docstring."""
+    if _text(a) == _text(b):
+        return bool(_text(b))
+    if max(len(a), len(b)) > MAX_LENGTH:
+        return False
+    lists = _items(a), _items(b)
+    if all(lists):
+        return _same_list(*lists)
+    if re.search("[=<>≤≥≠]", a + b):
+        return _same_relation(a, b)
+    if any(lists):
+        return False
+    if ":" in a and ":" in b:
+        a, b = a.split(":"), b.split(":")
+        return len(a) == len(b) and all(map(_same, a, b))
+    if _text(b) in ("yes", "no", "true", "false"):
+        return bool(re.match(_text(b) + "[,.;]", a.lower()))
+    return _same_quantity(_text(a) if _text(a).isdigit() else a, _text(b) if _text(b).isdigit() else b)
+
+
+_UNREADABLE = {"n/a", "nan", "null", "", "?", "-"}
+
+
+def answers_match(prediction: str, gold: str) -> bool:
+    r"""Whether two answers are the same by the rules in the module docstring.
+
+    gold: the reference; empty or unreadable ("N/A", "?") it matches nothing. A gold that is one capital
+    letter is a choice. Never raises and takes time linear in the lengths.
+
+    >>> answers_match(r"\frac{1}{2}", "0.5"), answers_match("3 4", "12"), answers_match("B. 12 cm", "B")
+    (True, False, True)
+    """
+    prediction, gold = _clean(prediction), _clean(gold)
+    if gold.lower() in _UNREADABLE or not re.search(r"\w|[∅∞°∠√]", gold):
+        return False
+    if re.fullmatch(r"[(\[]?[A-Z][)\].:]?", gold):
+        return _choice(prediction) == _choice(gold)
+    return _same(prediction, gold)
+
+
+# ----------------------------------------------------------------------------------------- rewards
+
+
+def accuracy_reward(response: str, gold: str) -> float:
+    """1.0 if the final answer of the response matches the gold, else 0.0 (method, section 3).
+
+    >>> accuracy_reward("<think>3 + 4</think><answer>7</answer>", "7"), accuracy_reward("7", "7")
+    (1.0, 0.0)
+    """
+    answer = extract_answer(response)
+    return float(answer is not None and answers_match(answer, gold))
+
+
+def format_reward(response: str, observe: bool = True) -> float:
+    """0.5 if the blocks stand as the prompt asks, else 0.0 (method, section 2). Linear in the length.
+
+    observe, think, answer in this order with only white space between, or observe inside think; each
+    tag once, no block blank. observe=False asks for think and answer alone. Text around is tolerated.
+
+    >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
+    0.5
+    >>> format_reward("<think>b</think><answer>c</answer>"), format_reward("<answer>c</answer>", False)
+    (0.0, 0.0)
+    """
+    names = ("observe", "think", "answer") if observe else ("think", "answer")
+    if any(response.count(f"<{slash}{name}>") != 1 for name in names for slash in ("", "/")):
+        return 0.0
+    spans = {name: (response.find(f"<{name}>"), response.find(f"</{name}>")) for name in names}
+    blocks = {name: response[start + len(name) + 2:end] for name, (start, end) in spans.items()}
+    between = response[spans["think"][1] + len("</think>"):spans["answer"][0]]
+    if any(not block.strip() for block in blocks.values()) or between.strip() or (
+            spans["answer"][0] < spans["think"][1]):
+        return 0.0
+    if observe and "<observe>" in blocks["think"]:  # nested: think needs words of its own, too
+        if "</observe>" not in blocks["think"]:
+            return 0.0
+        before, after = blocks["think"].split("<observe>")
+        return 0.5 if (before + after.split("</observe>")[1]).strip() else 0.0
+    if observe:
+        gap = response[spans["observe"][1] + len("</observe>"):spans["think"][0]]
+        if spans["think"][0] < spans["observe"][1] or gap.strip():
+            return 0.0
+    return 0.5
+
+
+def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100,
+                  bonus: float = 0.2) -> list[float]:
+    """The bonus to the shortest correct response of a group, if it is longer than min_length.
+
+    lengths: tokens with the stop token. If the shortest correct one is not long enough nobody gets it;
+    ties go to the first (method, section 3). ValueError if the two sequences do not fit.
+
+    >>> bonus_rewards([True, True, False], [300, 200, 50])
+    [0.0, 0.2, 0.0]
+    """
+    if not correct or len(correct) != len(lengths) or min(lengths) < 0:
+        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} responses, {lengths}")
+    rewards = [0.0] * len(correct)
+    shortest = min((i for i, right in enumerate(correct) if right), key=lengths.__getitem__, default=None)
+    if shortest is not None and lengths[shortest] > min_length:
+        rewards[shortest] = bonus
+    return rewards
+
+
+def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
+    """w(d) = 4 sigma d (1 - d) for the share d of correct responses (method, section 4).
+
+    Half-solved groups weigh sigma, solved and hopeless ones 0. ValueError for an empty group.
+
+    >>> [dynamic_weight([True] * n + [False] * (8 - n)) for n in (0, 1, 4, 8)]
+    [0.0, 0.7875, 1.8, 0.0]
+    """
+    if not correct:
+        raise ValueError("a group needs at least one response")
+    right, n = sum(map(bool, correct)), len(correct)
+    return 4 * sigma * right * (n - right) / (n * n)
