@@ -4,16 +4,15 @@
     python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data problems.parquet
     python observe_r1.py train --help    # every option in a line
 
-The file reads in the order of a run. Where the paper and its released code part ways:
+It reads in the order of a run. Where the paper and its released code part ways:
 1. KL is part of the loss, so that a group of weight zero moves nothing.
 2. The loss is a mean over a response's tokens, then over responses, however memory splits them.
 3. Mini-batches are whole groups: a prompt and its picture are encoded once for G responses.
 4. Nothing is cut or dropped: a prompt that is too long is refused by name before training.
 5. Accuracy is kept apart from the other rewards: weight and bonus depend on it alone.
-Shapes: B prompts, G responses a prompt, P prompt tokens, T response tokens, N responses (or tokens)
-in a flat list, H hidden size, V vocabulary.
+Shapes: B prompts, G responses each, P prompt tokens, T response tokens, N responses (or tokens) in
+a flat list, H hidden size, V vocabulary.
 """
-
 import json
 import random
 import re
@@ -39,11 +38,9 @@ from transformers.hf_argparser import HfArg
 from report import rollout_row, write_report
 from rewards import accuracy_reward, bonus_rewards, dynamic_weight, format_reward
 
-
 @dataclass
 class Config:
-    """All options. The defaults are the published run; --config FILE overrides them, options both."""
-
+    """Defaults are the published run; --config FILE overrides them, options given override both."""
     model: str = HfArg(default="Qwen/Qwen2.5-VL-3B-Instruct", help="folder or hub id")
     data: str = HfArg(default="", help="problems: hub id, folder, .jsonl, .json, .csv or .parquet")
     eval_data: str = HfArg(default="", help="held-out problems, measured before and after training")
@@ -80,7 +77,6 @@ class Config:
     num_samples: int = HfArg(default=1, help="responses sampled a problem when evaluating")
     save_steps: int = HfArg(default=0, help="also save the model every so many steps")
 
-
 # ---------------------------------------------------------------------------------------- problems
 # A problem is a picture (or several, or none), a question and a short answer. Data sets disagree on
 # column names: the table lists what each of ours is called elsewhere, the preferred name first.
@@ -102,7 +98,6 @@ PROMPTS = {
     "answer": "Give only the final answer inside <answer> </answer>, without any reasoning.",
 }
 
-
 def load_problems(source: str, split: str = "train", processor=None, config=None):
     """Read any common layout into a Dataset of id, images, question, answer (and ladder scores).
 
@@ -120,27 +115,29 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
              for ours, theirs in COLUMNS.items()}
     for ours in ("question", "answer"):
         if names[ours] is None:
-            raise ValueError(f"{source}: none of {COLUMNS[ours]} is a column, {raw.column_names} are")
+            raise ValueError(f"{source}: no column {COLUMNS[ours]}, only {raw.column_names}")
     scores = {"difficulty", "complexity", "stage"} & set(raw.column_names)
     features = {name: datasets.Value("string") for name in ("id", "question", "answer", "error")}
     features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
-    problems = raw.with_format("arrow").map(  # arrow rows hold pictures as bytes or path, undecoded
+    for name, feature in raw.features.items():  # pictures stay bytes or a path until looked at
+        if isinstance(feature, datasets.Image):
+            raw = raw.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            raw = raw.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    problems = raw.map(
         partial(_read_row, names=names, folder=path.parent if reader else path, processor=processor,
-                config=config, mixed=[n for n, f in raw.features.items() if f == datasets.Json()]),
+                config=config),
         with_indices=True, remove_columns=list(set(raw.column_names) - scores), desc=path.name,
         features=datasets.Features(features),
         load_from_cache_file=False)  # a picture mended on disk must be looked at again
-    bad = [error for error in problems["error"].to_pylist() if error]
+    bad = [error for error in problems["error"] if error]
     if bad:
         raise ValueError(f"{source}: {len(bad)} of {len(problems)} rows cannot be used; mend or "
                          "remove them. The first:\n  " + "\n  ".join(bad[:5]))
-    return problems.with_format(None).remove_columns("error")
+    return problems.remove_columns("error")
 
-
-def _read_row(table, index, names: dict, folder: Path, processor, config, mixed: list) -> dict:
+def _read_row(row: dict, index: int, names: dict, folder: Path, processor, config) -> dict:
     """One row in our columns; what is wrong goes into `error`, so that all rows are read."""
-    (row,) = table.to_pylist()
-    row |= {name: json.loads(row[name]) for name in mixed if row[name]}  # types differ by row
     value = {ours: row[name] if name else None for ours, name in names.items()}
     out = {"id": str(index if value["id"] is None else value["id"]), "images": [], "error": ""}
     try:
@@ -166,7 +163,6 @@ def _read_row(table, index, names: dict, folder: Path, processor, config, mixed:
         out["error"] = f"row {index} (id {out['id']}): {error}"
     return {"question": "", "answer": "", **out}
 
-
 def _read_message(question) -> tuple[str, list]:
     """Text and pictures of a plain question or of chat messages (a list, or its JSON string)."""
     if isinstance(question, str) and question.lstrip().startswith('[{"'):
@@ -180,7 +176,6 @@ def _read_message(question) -> tuple[str, list]:
     text = re.sub(r"<image\s?(\d*)>", lambda mark: mark[1] and f"picture {mark[1]}", text)
     return text.strip(), [part["image"] for part in parts if part.get("image")]
 
-
 def _add_options(question: str, answer, options) -> tuple[str, str]:
     """Append lettered options to the question; a gold that quotes one becomes its letter."""
     answer = "" if answer is None else str(answer).strip()
@@ -193,7 +188,6 @@ def _add_options(question: str, answer, options) -> tuple[str, str]:
     if len(letter) != 1 or letter not in letters:
         raise ValueError(f"the answer {answer!r} is none of the options {texts}")
     return "\n".join([question, *(f"({a}) {b}" for a, b in zip(letters, texts))]), letter
-
 
 def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
     """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
@@ -215,7 +209,6 @@ def encode_prompts(problems: list[dict], processor, config: Config) -> transform
     batch["num_images"] = torch.tensor([len(problem["images"]) for problem in problems])
     return batch
 
-
 # ------------------------------------------------------------------------------------------ ladder
 # The paper's NeuraLadder: nine levels of difficulty (share of wrong responses among 8) and nine
 # stages; each stage draws mostly from its own level and a little from the four nearest ones.
@@ -231,7 +224,6 @@ STAGES = (  # the paper's figure: lowest level of a stage, shares of five levels
     (4, (0.02, 0.055, 0.10, 0.685, 0.14)),
     (4, (0.02, 0.05, 0.07, 0.15, 0.72)),
 )
-
 
 def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[int], list[int]]:
     """Order problems into nine stages of smoothly rising difficulty (NeuraLadder).
@@ -264,7 +256,6 @@ def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[
     placed.sort()
     return [problem for _, _, problem in placed], [stage for stage, _, _ in placed]
 
-
 def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
     """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
     order, columns = list(range(len(problems))), problems.column_names
@@ -282,10 +273,8 @@ def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
         order = [order[int((k + 0.5) * len(order) / wanted)] for k in range(wanted)]
     return order
 
-
 # ----------------------------------------------------------------------------------------- rollout
 # For each prompt the policy, as it is now, writes G responses.
-
 
 @dataclass
 class Rollouts:
@@ -295,18 +284,6 @@ class Rollouts:
     response_ids: torch.Tensor  # [B,G,T]
     mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token
     texts: list[list[str]]  # B lists of G
-
-    def groups(self, rows: list[int], token_budget: int):
-        """Yield (row, responses, their Rollouts): a group, or what the budget holds of a long one."""
-        for row in rows:
-            prompt, lengths = slice_prompts(self.prompt, row, row + 1), self.mask[row].sum(-1)
-            T = int(lengths.max())
-            size = max(1, (token_budget - prompt["input_ids"].shape[1]) // T)
-            for start in range(0, len(lengths), size):
-                part = slice(start, start + size)
-                ids, mask = self.response_ids[row, part, :T], self.mask[row, part, :T]
-                yield row, part, Rollouts(prompt, ids[None], mask[None], [self.texts[row][part]])
-
 
 def slice_prompts(prompt: dict, start: int, end: int) -> dict:
     """Prompts start to end of an encoded batch, with the patches of just their pictures."""
@@ -321,7 +298,6 @@ def slice_prompts(prompt: dict, start: int, end: int) -> dict:
         part["pixel_values"] = prompt["pixel_values"][patches[:first].sum():patches[:last].sum()]
     return part
 
-
 def model_inputs(model, prompt: dict) -> dict:
     """Inputs of a forward pass over prompts, with rope positions [3,B,P] (time, height, width).
 
@@ -333,17 +309,14 @@ def model_inputs(model, prompt: dict) -> dict:
         mm_token_type_ids=prompt["mm_token_type_ids"], **inputs)
     return inputs
 
-
 def vision_tokens(model) -> list[int]:
     """Tokens that stand for pictures: once sampled, a later pass looks for a picture and fails."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(model.config, name) for name in names]
 
-
 def autocast(model):
     """bf16 arithmetic on a GPU. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
-
 
 @torch.no_grad()
 def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.Tensor]:
@@ -377,7 +350,6 @@ def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.T
             position_ids=position[:, None].expand(3, -1, 1)).last_hidden_state[:, -1]
     return [response[:n] for response, n in zip(ids, length)]
 
-
 def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
@@ -401,10 +373,7 @@ def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
                  for rows in (responses, [torch.ones_like(row) for row in responses]))
     return Rollouts(prompt, ids, mask, [texts[i:i + G] for i in range(0, len(texts), G)])
 
-
 # --------------------------------------------------------------------------- rewards and advantages
-
-
 def score_rollouts(rollouts: Rollouts, problems: list[dict], config: Config) -> dict:
     """The three rewards and their sum r, each [B,G], and the weight w of each group [B]."""
     groups = []
@@ -419,8 +388,7 @@ def score_rollouts(rollouts: Rollouts, problems: list[dict], config: Config) -> 
     scores = {name: torch.tensor([group[name] for group in groups]) for name in groups[0]}
     return {"reward": scores["accuracy"] + scores["format"] + scores["bonus"], **scores}
 
-
-def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps=1e-6) -> torch.Tensor:
     """A = w (r - mean) / (std + eps) in each group: rewards [B,G], weights [B] -> [B,G].
 
     The std is the unbiased one (n - 1). Equal rewards are told by their range, because the std of
@@ -435,10 +403,7 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps: float = 
     advantages = weights[:, None] * centred / (rewards.std(-1, keepdim=True) + eps)
     return advantages.masked_fill(equal, 0.0)
 
-
 # ------------------------------------------------------------------------------- log-probabilities
-
-
 def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
     """One row of L tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
 
@@ -457,12 +422,11 @@ def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dic
             "position_ids": torch.cat([inputs["position_ids"], after], 2),
             "attention_mask": visible[None, None]}, before
 
-
-def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk: int = 1024):
+def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk=1024):
     """log p(target) from hidden states [N,H] and targets [N] -> [N].
 
-    Logits over 152k tokens are the memory peak of such training, so they are made for `chunk` tokens
-    at a time, reduced to one number each, and made again in the backward pass.
+    Logits over 152k tokens are the memory peak of training: they are made for `chunk` tokens at a
+    time, reduced to one number each, and made again in the backward pass.
     """
     def of_chunk(hidden, targets):
         logits = head(hidden).float() / temperature
@@ -472,30 +436,30 @@ def token_log_probs(hidden, targets, head, banned: list[int], temperature: float
     pairs = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
 
+def group_log_probs(model, rollouts: Rollouts, row: int, part: slice, config) -> torch.Tensor:
+    """Log-probabilities of responses to one prompt, [G,T], 0 in the padding, with gradients."""
+    ids, mask = rollouts.response_ids[row, part], rollouts.mask[row, part].bool()
+    inputs = model_inputs(model, slice_prompts(rollouts.prompt, row, row + 1))
+    inputs, before = pack_group(inputs, ids, mask)
+    with autocast(model):
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, before]  # [N,H]
+        log_probs = token_log_probs(hidden, ids[mask], model.lm_head, vision_tokens(model),
+                                    config.temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 def response_log_probs(model, rollouts: Rollouts, config: Config) -> torch.Tensor:
     """Log-probability of each response token at the sampling temperature, [B,G,T]; 0 in padding."""
-    mask, result = rollouts.mask.bool(), []
-    for row, ids in enumerate(rollouts.response_ids):
-        inputs = model_inputs(model, slice_prompts(rollouts.prompt, row, row + 1))
-        inputs, before = pack_group(inputs, ids, mask[row])
-        with autocast(model):
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, before]  # [N,H]
-            result.append(token_log_probs(hidden, ids[mask[row]], model.lm_head,
-                                          vision_tokens(model), config.temperature))
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(result))
-
+    rows = range(len(rollouts.mask))
+    return torch.stack([group_log_probs(model, rollouts, row, slice(None), config) for row in rows])
 
 # -------------------------------------------------------------------------------------------- loss
-
-
 def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_range=0.2,
               kl_coef=0.01, num_responses=None) -> tuple[torch.Tensor, dict[str, float]]:
     """GRPO (arXiv 2402.03300): log-probabilities, mask [N,T] and advantages [N] -> loss, metrics.
 
-    Each token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens. The
-    sum over responses is divided by `num_responses`, all that were sampled for this optimiser step
-    (N if None). `ref_log_probs` may be None: no KL. The metrics are means over the N responses.
+    A token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens; the sum
+    over responses is divided by `num_responses`, all that this optimiser step sampled (N if None).
+    `ref_log_probs` may be None: no KL. The metrics are means over the N responses.
     """
     mask = mask.to(log_probs.dtype)
 
@@ -512,13 +476,10 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
     return (cost.sum() / (num_responses or len(cost)),
             {name: per_response(values).mean().item() for name, values in metrics.items()})
 
-
 # ---------------------------------------------------------------------------------------- training
-
-
 def train(config: Config, rollout=rollout) -> dict:
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
-    started, state = time.time(), prepare(config)
+    started, state, output = time.time(), prepare(config), Path(config.output_dir)
     before = evaluate(state, config, rollout)
     progress = tqdm(state.steps, unit="step", desc="training")
     for rows in progress:  # easy to hard
@@ -532,13 +493,17 @@ def train(config: Config, rollout=rollout) -> dict:
         if config.eval_steps and state.step % config.eval_steps == 0:
             metrics["eval_accuracy"] = evaluate(state, config, rollout)
         if config.save_steps and state.step % config.save_steps == 0:
-            save_model(state, Path(config.output_dir) / f"checkpoint-{state.step}")
+            save_model(state, output / f"checkpoint-{state.step}")
         metrics["seconds"] = round(time.time() - clock, 3)
         log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
-    save_model(state, Path(config.output_dir) / "final")
+    save_model(state, output / "final")
     after = evaluate(state, config, rollout)
-    return summarize(state, config, before, after, time.time() - started)
-
+    summary = {"accuracy_before": before, "accuracy_after": after, "steps": state.step,
+               "seconds": round(time.time() - started, 1)}
+    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_report(output)
+    print(f"{json.dumps(summary)}\nthe model is {output / 'final'}; see {output / 'report.html'}")
+    return summary
 
 def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) -> dict:
     """The optimiser steps of one rollout: mini-batches of whole groups, one group a backward pass.
@@ -547,24 +512,24 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
     """
     advantages = advantages.to(rollouts.mask.device)  # [B,G]
     trained = advantages.any(1).nonzero().flatten().tolist()
-    passes = list(rollouts.groups(trained, config.token_budget))
+    passes = backward_passes(rollouts, trained, config.token_budget)
     minibatches = torch.arange(len(advantages)).split(config.minibatch_prompts)
-    ref = old = [None] * len(passes)
+    old = ref = [None] * len(passes)
     with torch.no_grad():
+        if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
+            old = [group_log_probs(state.model, rollouts, *which, config) for which in passes]
         if state.reference is not None:
-            ref = [response_log_probs(state.reference, micro, config)[0] for *_, micro in passes]
-        if len(minibatches) > 1:  # with a single one, the policy that sampled is the one that learns
-            old = [response_log_probs(state.model, micro, config)[0] for *_, micro in passes]
+            ref = [group_log_probs(state.reference, rollouts, *which, config) for which in passes]
     totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}, []
     state.model.train()
     for rows in minibatches:
-        mine = [i for i, (row, *_) in enumerate(passes) if row in rows]
+        mine = [i for i, (row, _) in enumerate(passes) if row in rows]
         for i in mine:
-            row, part, micro = passes[i]
-            log_probs = response_log_probs(state.model, micro, config)[0]  # [N,T]
+            row, part = passes[i]
+            log_probs = group_log_probs(state.model, rollouts, row, part, config)
             loss, metrics = grpo_loss(
                 log_probs, log_probs.detach() if old[i] is None else old[i], ref[i],
-                advantages[row, part], micro.mask[0], config.clip_range, config.kl_coef,
+                advantages[row, part], rollouts.mask[row, part], config.clip_range, config.kl_coef,
                 num_responses=advantages[rows].numel())
             loss.backward()
             totals["loss"] += loss.item() / len(minibatches)
@@ -581,16 +546,21 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
     return {"optimizer_step": state.optimizer_step, **totals, "learning_rate": rate,
             "grad_norm": sum(norms) / max(1, len(norms))}
 
+def backward_passes(rollouts: Rollouts, rows: list[int], token_budget: int) -> list[tuple]:
+    """(row, responses): a group at a time, or as much of a long one as the token budget holds."""
+    passes, G = [], rollouts.mask.shape[1]
+    for row in rows:
+        room = token_budget - int(rollouts.prompt["attention_mask"][row].sum())
+        size = max(1, room // int(rollouts.mask[row].sum(-1).max()))
+        passes += [(row, slice(start, start + size)) for start in range(0, G, size)]
+    return passes
 
 # ------------------------------------------------------------------------------- around a training
-
-
 def load_model(config: Config) -> transformers.PreTrainedModel:
-    """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU if there is none."""
+    """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU without one."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         config.model, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
 
 def prepare(config: Config) -> SimpleNamespace:
     """Load everything, refuse bad input before the first step, and say what is going to happen."""
@@ -599,9 +569,7 @@ def prepare(config: Config) -> SimpleNamespace:
     transformers.set_seed(config.seed)
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     problems = load_problems(config.data, config.split, processor, config)
-    held_out = None
-    if config.eval_data:
-        held_out = load_problems(config.eval_data, "train", processor, config)
+    held_out = config.eval_data and load_problems(config.eval_data, "train", processor, config)
     order, size = training_order(problems, config), config.prompts_per_step
     steps = [order[start:start + size] for start in range(0, len(order), size)]
     model = load_model(config)
@@ -621,20 +589,18 @@ def prepare(config: Config) -> SimpleNamespace:
         (output / name).write_text("")
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
     memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
-    print(f"""\
-model    {config.model} on {model.device}: {weights:,} parameters, {learned:,} of them trained
-memory   {memory:.3g} GB: fp32 weights, gradients, AdamW{" and reference" * bool(reference)}; on top,
-         {"bf16" if model.device.type == "cuda" else "fp32"} activations and up to {config.cache_gb:g} GB of key/value cache in rollouts
-data     {len(problems)} problems in {config.data}, {len(order)} read in {config.order} order
-batches  {len(steps)} steps x {size} prompts x {config.num_generations} responses; {updates} optimiser steps""")
+    print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained; "
+          f"{memory:.3g} GB of fp32 weights, gradients and moments, on top of it activations and up to "
+          f"{config.cache_gb:g} GB of cache\n{len(problems)} problems, {len(order)} of them in "
+          f"{config.order} order: {len(steps)} steps x {size} prompts x {config.num_generations} "
+          f"responses, {updates} optimiser steps")
     return SimpleNamespace(
         model=model, reference=reference, processor=processor, optimizer=optimizer, steps=steps,
         scheduler=scheduler, problems=problems, held_out=held_out, step=0, optimizer_step=0)
 
-
 def evaluate(state, config: Config, rollout=rollout) -> float | None:
-    """Accuracy on the held-out problems, mean of --num_samples sampled responses, always one seed."""
-    if state.held_out is None:
+    """Accuracy on the held-out problems, mean of --num_samples responses, one fixed seed."""
+    if not state.held_out:
         return None
     accuracy, sampling = [], replace(config, num_generations=config.num_samples)
     size = max(1, config.prompts_per_step * config.num_generations // config.num_samples)
@@ -646,7 +612,6 @@ def evaluate(state, config: Config, rollout=rollout) -> float | None:
             accuracy.append(score_rollouts(rollouts, problems, sampling)["accuracy"].flatten())
     return torch.cat(accuracy).mean().item()
 
-
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
     output, lengths = Path(config.output_dir), rollouts.mask.sum(-1)
@@ -654,14 +619,12 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
                "response_length": lengths.float().mean().item(),
                "truncated_fraction": (lengths >= config.max_new_tokens).float().mean().item(),
                "zero_weight_fraction": (advantages == 0).all(1).float().mean().item(), **metrics}
-    with open(output / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
     columns = {**scores, "advantage": advantages, "length": lengths}
-    with open(output / "rollouts.jsonl", "a") as file:
-        for i, problem in enumerate(problems[:2]):
-            group = {name: values[i].tolist() for name, values in columns.items()}
-            row = rollout_row(state.step, problem, rollouts.texts[i], group)
-            file.write(json.dumps(row) + "\n")
+    rows = [rollout_row(state.step, problem, texts, {k: v[i].tolist() for k, v in columns.items()})
+            for i, (problem, texts) in enumerate(zip(problems[:2], rollouts.texts))]
+    for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
+        with open(output / name, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
     shown = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
     progress.write("  ".join([f"step {state.step}"] + [
         f"{name} {metrics[name]:.3g}" for name in shown.split() if name in metrics]))
@@ -669,32 +632,14 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
         for text, *numbers in list(zip(rollouts.texts[0], scores["reward"][0], advantages[0]))[:3]:
             progress.write("    {!r}  reward {:.1f}  advantage {:+.2f}".format(text, *numbers))
 
-
 def save_model(state, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoProcessor load."""
     state.model.save_pretrained(folder)
     state.processor.save_pretrained(folder)
 
-
-def summarize(state, config: Config, before, after, seconds: float) -> dict:
-    """Write summary.json and report.html, and say where things are."""
-    output = Path(config.output_dir)
-    summary = {"accuracy_before": before, "accuracy_after": after, "steps": state.step,
-               "seconds": round(seconds, 1)}
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    write_report(output)
-    if state.held_out is not None:
-        print(f"held-out accuracy {before:.3f} -> {after:.3f}, "
-              f"{len(state.held_out)} problems x {config.num_samples} responses")
-    print(f"{seconds:.0f} s; see {output / 'report.html'}; the model is {output / 'final'}")
-    return summary
-
-
 # ------------------------------------------------------------------------------------ command line
-
 COMMANDS = {"train": train}
 TOY = Path(__file__).resolve().parent / "toy" / "config.json"
-
 
 def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
     """Command and Config; no arguments at all train the toy."""
@@ -713,14 +658,12 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
         (config,) = parser.parse_args_into_dataclasses(options)
     return command, config
 
-
 def main() -> None:
     try:
         command, config = parse_arguments(sys.argv[1:])
         COMMANDS[command](config)
     except ValueError as error:
         raise SystemExit(f"observe_r1: {error}") from error
-
 
 if __name__ == "__main__":
     main()

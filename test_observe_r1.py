@@ -1,0 +1,668 @@
+"""Tests of observe_r1.py against slow, obvious calculations; all of them offline and on a CPU."""
+
+import copy
+import doctest
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import observe_r1
+from observe_r1 import (
+    PROMPTS, STAGES, Config, Rollouts, encode_prompts, group_advantages, grpo_loss, load_problems,
+    mix_ladder, parse_arguments, response_log_probs, rollout, score_rollouts, slice_prompts,
+    token_log_probs, training_order, update, vision_tokens,
+)
+
+HERE = Path(__file__).parent
+TOY = HERE / "toy"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TOY / "model")
+
+
+@pytest.fixture(scope="module")
+def toy_model():
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(TOY / "model", dtype=torch.float32)
+
+
+@pytest.fixture
+def model(toy_model):
+    return copy.deepcopy(toy_model)
+
+
+@pytest.fixture
+def config():
+    return Config(num_generations=4, max_new_tokens=48, min_pixels=784, max_pixels=50176,
+                  gradient_checkpointing=False, min_length=20, minibatch_prompts=2)
+
+
+@pytest.fixture
+def problems():
+    """One, three and two digits of different width, a question without and one with two pictures."""
+    rows = list(load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
+    first, second = rows[0]["images"][0], rows[1]["images"][0]
+    rows.append({"id": "text", "images": [], "question": "What is 3+4?", "answer": "7"})
+    rows.append({"id": "two", "images": [first, second], "question": "What is the sum?", "answer": "9"})
+    return rows
+
+
+def run_rollout(model, processor, problems, config, seed=0):
+    torch.manual_seed(seed)
+    return rollout(model, processor, problems, config)
+
+
+def slow_log_probs(model, processor, problems, rollouts, config):
+    """Each response alone behind its own prompt, with the model's own positions and full logits."""
+    result = torch.zeros(rollouts.mask.shape)
+    for b, problem in enumerate(problems):
+        prompt = encode_prompts([problem], processor, config)
+        pictures = {k: prompt[k] for k in ("pixel_values", "image_grid_thw") if k in prompt}
+        for g in range(rollouts.mask.shape[1]):
+            ids = rollouts.response_ids[b, g, :int(rollouts.mask[b, g].sum())]
+            both = torch.cat([prompt["input_ids"][0], ids])[None]
+            types = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, len(ids)))
+            logits = model(input_ids=both, attention_mask=torch.ones_like(both), mm_token_type_ids=types,
+                           **pictures, use_cache=False).logits[0, -len(ids) - 1:-1] / config.temperature
+            logits[:, vision_tokens(model)] = -torch.inf
+            result[b, g, :len(ids)] = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    return result
+
+
+# ----------------------------------------------------------------------- rewards and advantages
+
+
+def test_doctests():
+    assert doctest.testmod(observe_r1).failed == 0
+
+
+def test_golden_case_of_the_method():
+    """Accuracies, formats and lengths of method section 4, through the code that training runs."""
+    accurate, formatted = [1, 1, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0]
+    lengths = [300, 200, 150, 120, 400, 500, 600, 700]
+    texts = [("<observe>o</observe><think>t</think>" if f else "") + f"<answer>{3 if a else 4}</answer>"
+             for a, f in zip(accurate, formatted)]
+    mask = (torch.arange(700) < torch.tensor(lengths)[:, None]).long()[None]
+    scores = score_rollouts(Rollouts({}, mask, mask, [texts]), [{"answer": "3"}], Config())
+    assert scores["accuracy"][0].tolist() == accurate
+    assert scores["format"][0].tolist() == [f / 2 for f in formatted]
+    assert scores["bonus"][0].tolist() == pytest.approx([0, 0.2, 0, 0, 0, 0, 0, 0])
+    assert scores["weight"].tolist() == [1.6875]
+    advantages = group_advantages(scores["reward"], scores["weight"])[0]
+    expected = [2.102, 2.596, -0.371, -0.371, -1.607, -1.607, 0.865, -1.607]
+    assert advantages.tolist() == pytest.approx(expected, abs=5e-4)
+
+
+def test_correctness_stands_apart_from_the_other_rewards():
+    """A wrong, well formatted response is not correct; without the weight w is 1 and w(d) is unused."""
+    texts = ["<observe>o</observe><think>t</think><answer>4</answer>", "<answer>3</answer>"]
+    mask = torch.ones(1, 2, 200, dtype=torch.long)
+    rollouts, problems = Rollouts({}, mask, mask, [texts]), [{"answer": "3"}]
+    scores = score_rollouts(rollouts, problems, Config())
+    assert scores["reward"][0].tolist() == pytest.approx([0.5, 1.2])
+    assert scores["weight"].tolist() == pytest.approx([1.8])
+    assert score_rollouts(rollouts, problems, Config(dynamic_weight=False))["weight"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 1.7])
+def test_equal_rewards_give_no_advantage(value):
+    rewards = torch.full((1, 8), value)
+    assert group_advantages(rewards, torch.ones(1)).abs().max() == 0
+    assert group_advantages(rewards + torch.tensor([0.0] * 7 + [0.2]), torch.ones(1)).abs().max() > 2
+
+
+def test_group_advantages_in_float64_by_hand():
+    rewards = [1.7, 1.5, 1.0, 0.5, 0.5, 0.0, 0.0, 1.5]
+    mean = sum(rewards) / 8
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 7)
+    expected = [1.35 * (r - mean) / (std + 1e-6) for r in rewards]
+    found = group_advantages(torch.tensor([rewards]), torch.tensor([1.35]))
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- loss
+
+
+def random_batch(N=5, T=7):
+    torch.manual_seed(3)
+    lengths = torch.tensor([7, 1, 4, 5, 2])[:N]
+    mask = (torch.arange(T) < lengths[:, None]).double()
+    log_probs, old, ref = (-torch.rand(N, T, dtype=torch.float64) * 2 for _ in range(3))
+    return log_probs, old, ref, torch.tensor([1.5, -2.0, 0.3, -0.4, 0.0]).double()[:N], mask
+
+
+def slow_loss(log_probs, old, ref, advantages, mask, clip_range, kl_coef, num_responses):
+    total, kls, clips = 0.0, [], []
+    for n in range(len(mask)):
+        tokens = [t for t in range(mask.shape[1]) if mask[n, t] == 1]
+        cost = kl_mean = clipped = 0.0
+        for t in tokens:
+            A, ratio = advantages[n].item(), math.exp(log_probs[n, t] - old[n, t])
+            bounded = min(max(ratio, 1 - clip_range), 1 + clip_range)
+            kl = 0.0
+            if ref is not None:
+                q = (ref[n, t] - log_probs[n, t]).item()
+                kl = math.exp(q) - q - 1
+            cost += -min(ratio * A, bounded * A) + kl_coef * kl
+            kl_mean += kl / len(tokens)
+            clipped += (bounded * A < ratio * A) / len(tokens)
+        total += cost / len(tokens)
+        kls.append(kl_mean)
+        clips.append(clipped)
+    return total / num_responses, sum(kls) / len(kls), sum(clips) / len(clips)
+
+
+@pytest.mark.parametrize("with_ref", [True, False])
+@pytest.mark.parametrize("num_responses", [None, 16])
+def test_grpo_loss_equals_the_slow_version(with_ref, num_responses):
+    log_probs, old, ref, advantages, mask = random_batch()
+    ref = ref if with_ref else None
+    loss, metrics = grpo_loss(log_probs, old, ref, advantages, mask, 0.2, 0.05, num_responses)
+    slow, kl, clip = slow_loss(log_probs, old, ref, advantages, mask, 0.2, 0.05, num_responses or 5)
+    assert loss.item() == pytest.approx(slow, rel=1e-12)
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-9)
+    assert metrics["clip_fraction"] == pytest.approx(clip, rel=1e-9) and clip > 0
+
+
+def test_grpo_loss_ignores_padding_and_splits_into_micro_batches():
+    log_probs, old, ref, advantages, mask = random_batch()
+    whole, _ = grpo_loss(log_probs, old, ref, advantages, mask, num_responses=8)
+    noise = torch.randn(5, 3, dtype=torch.float64) * 50
+    padded = [torch.cat([x, noise], 1) for x in (log_probs, old, ref)]
+    wide = torch.cat([mask, torch.zeros(5, 3)], 1)
+    assert grpo_loss(*padded, advantages, wide, num_responses=8)[0].item() == pytest.approx(whole.item())
+    parts = [grpo_loss(log_probs[s], old[s], ref[s], advantages[s], mask[s], num_responses=8)[0]
+             for s in (slice(0, 1), slice(1, 4), slice(4, 5))]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_on_policy_gradient_is_the_policy_gradient():
+    """At ratio 1 the loss is -mean(A) but its gradient is -A grad(log p), token mean, response mean."""
+    log_probs, _, _, advantages, mask = random_batch()
+    log_probs.requires_grad_()
+    grpo_loss(log_probs, log_probs.detach(), None, advantages, mask)[0].backward()
+    expected = -advantages[:, None] * mask / mask.sum(-1, keepdim=True) / 5
+    torch.testing.assert_close(log_probs.grad, expected.to(log_probs.dtype))
+
+
+# ----------------------------------------------------------------- rollout, log-probabilities
+
+
+def test_log_probs_equal_those_of_generation(model, processor, problems, config, monkeypatch):
+    """The policy that is trained is the one that sampled: left padding, mixed and missing pictures."""
+    config.temperature, seen, multinomial = 0.7, [], torch.multinomial
+
+    def record(probabilities, count):
+        token = multinomial(probabilities, count)
+        seen.append(probabilities.gather(-1, token).log()[:, 0])
+        return token
+
+    monkeypatch.setattr(torch, "multinomial", record)
+    rollouts = run_rollout(model, processor, problems, config)
+    length = rollouts.mask.sum(-1).flatten()
+    sampled = torch.zeros(len(length), int(length.max()))
+    for t, values in enumerate(seen):
+        sampled[length > t, t] = values  # finished responses have left the batch
+    found = response_log_probs(model, rollouts, config)
+    assert (rollouts.prompt["attention_mask"].sum(-1) < rollouts.prompt["input_ids"].shape[1]).any()
+    torch.testing.assert_close(found.flatten(0, 1), sampled, atol=2e-5, rtol=0)
+
+
+def test_log_probs_and_gradients_equal_the_slow_version(model, processor, problems, config):
+    """Packing a prompt once with its G responses is exact, values and gradients."""
+    rollouts = run_rollout(model, processor, problems, config)
+    found = response_log_probs(model, rollouts, config)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    slow = slow_log_probs(model, processor, problems, rollouts, config)
+    (slow * weights).sum().backward()
+    torch.testing.assert_close(found, slow, atol=2e-5, rtol=0)
+    assert (found[rollouts.mask == 0] == 0).all()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing(model, processor, problems, config):
+    rollouts = run_rollout(model, processor, problems, config)
+    model.train()
+    plain = response_log_probs(model, rollouts, config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(response_log_probs(model, rollouts, config), plain)
+    again = run_rollout(model, processor, problems, config)  # and a rollout keeps its cache
+    assert torch.equal(again.response_ids, rollouts.response_ids)
+
+
+def test_chunks_of_the_vocabulary_are_exact():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).double()
+    hidden, targets = torch.randn(23, 8, requires_grad=True, dtype=torch.float64), torch.arange(23) + 5
+    logits = head(hidden).float() / 0.5
+    logits[:, [1, 2]] = -torch.inf
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    found = token_log_probs(hidden, targets, head, [1, 2], 0.5, chunk=4)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.sum(), hidden)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_masks_end_with_the_stop_token(model, processor, problems, config):
+    rollouts = run_rollout(model, processor, problems, config)
+    stops = set(model.generation_config.eos_token_id)
+    finished = 0
+    for ids, mask, texts in zip(rollouts.response_ids, rollouts.mask, rollouts.texts):
+        for row, on, text in zip(ids.tolist(), mask.tolist(), texts):
+            n = sum(on)
+            assert on == [1] * n + [0] * (len(on) - n)
+            assert not stops & set(row[:n - 1])  # none before the end
+            assert row[n - 1] in stops or n == config.max_new_tokens
+            assert text == processor.decode(row[:n], skip_special_tokens=True)
+            finished += row[n - 1] in stops
+    assert finished > 5
+    short = run_rollout(model, processor, problems, Config(**{**vars(config), "max_new_tokens": 3}))
+    assert (short.mask.sum(-1) <= 3).all() and (short.mask.sum(-1) == 3).any()
+
+
+def test_every_stop_token_of_the_checkpoint_stops(model, processor, problems, config):
+    token = processor.tokenizer.convert_tokens_to_ids("</observe>")
+    model.generation_config.eos_token_id = [token]
+    rollouts = run_rollout(model, processor, problems[:3], config)
+    last = rollouts.response_ids.gather(-1, rollouts.mask.sum(-1, keepdim=True) - 1)
+    assert (last == token).any() and (last == processor.tokenizer.eos_token_id).any()
+
+
+def test_vision_tokens_cannot_be_sampled(model, processor, problems, config):
+    """Even from a policy that wants nothing else; and the log-probabilities leave them out, too."""
+    head = model.lm_head
+
+    def eager(hidden):
+        logits = head(hidden)
+        logits[:, vision_tokens(model)] += 1000
+        return logits
+
+    plain = run_rollout(model, processor, problems, config)
+    before = response_log_probs(model, plain, config)
+    model.lm_head = torch.nn.Module()
+    model.lm_head.forward = eager
+    rollouts = run_rollout(model, processor, problems, config)
+    assert torch.equal(plain.response_ids, rollouts.response_ids)
+    assert not torch.isin(rollouts.response_ids, torch.tensor(vision_tokens(model))).any()
+    torch.testing.assert_close(response_log_probs(model, rollouts, config), before)
+
+
+def test_sampling_settings_of_the_checkpoint_do_not_leak(model, processor, problems, config):
+    plain = run_rollout(model, processor, problems, config)
+    model.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=9.0, do_sample=False)
+    changed = run_rollout(model, processor, problems, config)
+    assert torch.equal(plain.response_ids, changed.response_ids)
+
+
+def test_rollout_in_chunks_of_the_cache(model, processor, problems, config):
+    """Chunks change the padding, not the result: greedy responses are the same."""
+    greedy = Config(**{**vars(config), "temperature": 0.0, "num_generations": 2})
+    whole = rollout(model, processor, problems, greedy)
+    greedy.cache_gb = 1e-9
+    chunks = rollout(model, processor, problems, greedy)
+    assert torch.equal(whole.response_ids, chunks.response_ids) and whole.texts == chunks.texts
+    assert (whole.response_ids[:, 0] == whole.response_ids[:, 1]).all()
+
+
+def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
+    batch = encode_prompts(problems, processor, config)
+    assert batch["num_images"].tolist() == [1, 1, 1, 0, 2]
+    for row, problem in enumerate(problems):
+        part, alone = slice_prompts(batch, row, row + 1), encode_prompts([problem], processor, config)
+        assert torch.equal(part["input_ids"], alone["input_ids"])
+        assert ("pixel_values" in part) == bool(problem["images"])
+        if problem["images"]:
+            assert torch.equal(part["pixel_values"], alone["pixel_values"])
+            assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
+
+
+@pytest.mark.parametrize("size, budget, grid", [
+    ((280, 140), (784, 10 ** 6), [1, 10, 20]),
+    ((20, 20), (3136, 10 ** 6), [1, 4, 4]),  # enlarged to the floor of 56 x 56
+    ((1120, 1120), (3136, 50176), [1, 16, 16]),  # reduced to the ceiling of 224 x 224
+])
+def test_one_pixel_budget(processor, size, budget, grid):
+    config = Config(min_pixels=budget[0], max_pixels=budget[1])
+    problem = {"images": [Image.new("RGB", size)], "question": "q"}
+    batch = encode_prompts([problem], processor, config)
+    assert batch["image_grid_thw"].tolist() == [grid]
+    pads = (batch["input_ids"] == processor.image_token_id).sum()
+    assert pads == grid[1] * grid[2] // 4
+
+
+def test_prompts(processor, config):
+    problem = {"images": [], "question": "How many?"}
+    texts = [processor.decode(encode_prompts([problem], processor, c)["input_ids"][0]) for c in (
+        Config(), Config(observe=False), Config(system_prompt="Look."))]
+    for text, system in zip(texts, (PROMPTS["observe"], PROMPTS["think"], "Look.")):
+        assert text == (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+                        "<|im_start|>assistant\n")
+
+
+# ------------------------------------------------------------------------------------- update
+
+
+def make_state(model, reference=None, rate=1e-3):
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return SimpleNamespace(model=model, reference=reference, optimizer=optimizer, scheduler=scheduler,
+                           optimizer_step=0)
+
+
+def test_update_does_not_depend_on_the_token_budget(model, processor, problems, config):
+    """One pass a group, or one a response: the same gradient, hence the same weights and metrics."""
+    rollouts = run_rollout(model, processor, problems, config)
+    advantages = torch.randn(5, 4)
+    advantages[1] = 0
+    results = []
+    for budget in (10 ** 6, 1):
+        config.token_budget, learner = budget, copy.deepcopy(model)
+        state = make_state(learner, copy.deepcopy(model), 1e-2)
+        state.optimizer = torch.optim.SGD(learner.parameters(), 0.01)
+        results.append((update(state, rollouts, advantages, config), learner.state_dict()))
+    for name, value in results[0][0].items():
+        assert value == pytest.approx(results[1][0][name], rel=1e-3, abs=1e-6), name
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)
+    assert results[0][0]["optimizer_step"] == 3  # 5 groups, 2 a mini-batch
+
+
+def test_skipped_groups_count_in_the_denominator(model, processor, problems, config):
+    """The first gradient is that of the float64-checked loss over all sampled responses, by hand."""
+    rollouts = run_rollout(model, processor, problems[:2], config)
+    advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]])
+    expected = copy.deepcopy(model)
+    log_probs = slow_log_probs(expected, processor, problems[:2], rollouts, config)
+    mask = rollouts.mask
+    (-(advantages[..., None] * log_probs * mask).sum(-1) / mask.sum(-1)).sum().div(8).backward()
+    state = make_state(model)
+    state.optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    config.max_grad_norm, before = 1e9, copy.deepcopy(model.state_dict())
+    update(state, rollouts, advantages, config)
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(before[name] - model.state_dict()[name], p.grad, atol=2e-4, rtol=1e-3)
+
+
+def test_groups_without_advantage_move_nothing(model, processor, problems, config):
+    """Not by the KL and not by the momentum of an earlier step."""
+    rollouts, reference = run_rollout(model, processor, problems, config), copy.deepcopy(model)
+    for p in reference.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    state = make_state(model, reference)
+    update(state, rollouts, torch.randn(5, 4), config)
+    before, steps = copy.deepcopy(model.state_dict()), state.optimizer_step
+    metrics = update(state, rollouts, torch.zeros(5, 4), config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert state.optimizer_step == steps and metrics["grad_norm"] == 0
+
+
+def test_several_optimiser_steps_clip_against_the_policy_that_sampled(model, processor, problems, config):
+    """Twice the same group: in the second mini-batch the ratio has left 1, and is clipped."""
+    config.minibatch_prompts, config.kl_coef = 1, 0.0
+    rollouts = run_rollout(model, processor, [problems[0]] * 6, config)
+    state = make_state(model, rate=3e-3)
+    metrics = update(state, rollouts, torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 6), config)
+    assert metrics["clip_fraction"] > 0 and metrics["kl"] == 0
+
+
+# ------------------------------------------------------------------------------------- ladder
+
+FIGURE = [0.015, 0.035, 0.05, 0.075, 0.135, 0.15, 0.15, 0.2, 0.19]
+FIGURE_STAGES = [42, 42, 54, 80, 112, 132, 155, 178, 206]  # per 1,000, method section 1
+
+
+def levels(counts):
+    return [level / 8 for level, count in enumerate(counts) for _ in range(count)]
+
+
+def check_ladder(difficulty, complexity, order, stage):
+    assert sorted(order) == list(range(len(difficulty)))
+    assert stage == sorted(stage) and set(stage) <= set(range(9))
+    for i, s in zip(order, stage):  # nothing from a level in which the stage has no share
+        low = STAGES[s][0]
+        assert low <= round(8 * difficulty[i]) <= low + 4
+    for s in set(stage):
+        for level in range(9):
+            lengths = [complexity[i] for i, t in zip(order, stage)
+                       if t == s and round(8 * difficulty[i]) == level]
+            assert lengths == sorted(lengths)
+
+
+def test_mix_ladder_reproduces_the_figure():
+    counts = [round(share * 10_000) for share in FIGURE]
+    difficulty = levels(counts)
+    complexity = torch.rand(len(difficulty), generator=torch.Generator().manual_seed(0)).tolist()
+    order, stage = mix_ladder(difficulty, complexity, seed=1)
+    check_ladder(difficulty, complexity, order, stage)
+    for s, (low, shares) in enumerate(STAGES):
+        mine = [round(8 * difficulty[i]) for i, t in zip(order, stage) if t == s]
+        assert len(mine) / 10 == pytest.approx(FIGURE_STAGES[s], abs=2)
+        for level, share in enumerate(shares, start=low):
+            assert mine.count(level) / len(mine) == pytest.approx(share / sum(shares), abs=0.02)
+
+
+@pytest.mark.parametrize("counts", [
+    [100] * 9, [0, 0, 300, 0, 0, 100, 0, 0, 600], [900, 0, 0, 0, 0, 0, 0, 0, 90],
+    [10, 20, 40, 80, 160, 160, 210, 150, 130],
+])
+def test_mix_ladder_elsewhere(counts):
+    difficulty = levels(counts)
+    complexity = [float(i % 17) for i in range(len(difficulty))]
+    order, stage = mix_ladder(difficulty, complexity)
+    check_ladder(difficulty, complexity, order, stage)
+    tenths = torch.tensor([difficulty[i] for i in order]).chunk(10)
+    means = [tenth.mean().item() for tenth in tenths]
+    assert all(b >= a - 0.03 for a, b in zip(means, means[1:])) and means[-1] > means[0]
+
+
+def test_mix_ladder_of_tiny_sets():
+    assert mix_ladder([], []) == ([], [])
+    assert mix_ladder([0.5], [3.0])[0] == [0]
+    order, _ = mix_ladder([1.0, 0.0], [1.0, 1.0])
+    assert order == [1, 0]
+
+
+def test_training_order():
+    ladder = load_problems(str(TOY / "ladder.parquet"))
+    n = len(ladder)
+    assert training_order(ladder, Config()) == list(range(n))
+    shuffled = training_order(ladder, Config(order="random", seed=3))
+    assert sorted(shuffled) == list(range(n)) != shuffled
+    ranked = [ladder["difficulty"][i] for i in training_order(ladder, Config(order="sorted"))]
+    assert ranked == sorted(ranked)
+    thin = training_order(ladder, Config(max_steps=4, prompts_per_step=16))
+    assert len(thin) == 64 and thin == sorted(set(thin)) and thin[-1] >= n - n // 64
+    gaps = {b - a for a, b in zip(thin, thin[1:])}
+    assert max(gaps) - min(gaps) <= 1  # even, so the hard end is kept
+    bare = ladder.remove_columns(["stage"])
+    scores = list(ladder["difficulty"]), list(ladder["complexity"])
+    assert training_order(bare, Config(seed=5)) == mix_ladder(*scores, 5)[0]
+    with pytest.raises(ValueError, match="difficulty"):
+        training_order(bare.remove_columns(["difficulty"]), Config(order="sorted"))
+
+
+def test_the_toy_keeps_its_promises():
+    ladder, held_out = (load_problems(str(TOY / f"{name}.parquet")) for name in ("ladder", "heldout"))
+    shown = [{image.tobytes() for row in data for image in row["images"]} for data in (ladder, held_out)]
+    assert not shown[0] & shown[1]
+    quarters = torch.tensor(list(ladder["difficulty"])).chunk(4)
+    means = [quarter.mean().item() for quarter in quarters]
+    assert means == sorted(means) and len({round(8 * d) for d in ladder["difficulty"]}) >= 6
+    size = {path.name: path.stat().st_size for path in [*TOY.glob("*.parquet"), *TOY.glob("model/*")]}
+    assert size["model.safetensors"] < 5e6 and size["ladder.parquet"] + size["heldout.parquet"] < 3e6
+
+
+# ------------------------------------------------------------------------------------ problems
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (56, 56), (255, 0, 0)).save(tmp_path / "pictures/a.png")
+    Image.new("L", (28, 84)).save(tmp_path / "pictures/b.jpg")
+    data = (tmp_path / "pictures/a.png").read_bytes()
+    (tmp_path / "pictures/cut.png").write_bytes(data[:len(data) - 40])
+    return tmp_path
+
+
+def write(folder, rows, name="data.jsonl"):
+    text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+CHAT = [{"role": "system", "content": "Be good."}, {"role": "user", "content": [
+    {"type": "image", "image": "pictures/a.png"}, {"type": "text", "text": "How many?"}]}]
+
+
+@pytest.mark.parametrize("row, question, answer, pictures", [
+    ({"image": "pictures/a.png", "question": "How many?", "answer": 3}, "How many?", "3", 1),
+    ({"images": ["pictures/a.png", "file://pictures/b.jpg"], "problem": "<image><image>Sum?",
+      "solution": "4"}, "Sum?", "4", 2),
+    ({"decoded_image": "pictures/a.png", "image": "gone.png", "question": "q", "query": "Hint: q",
+      "answer": "1"}, "q", "1", 1),
+    ({"message": json.dumps(CHAT), "answer": "$5$"}, "How many?", "$5$", 1),
+    ({"messages": CHAT, "ground_truth": 0.5}, "How many?", "0.5", 1),
+    ({"image_1": "pictures/a.png", "image_2": "pictures/b.jpg", "image_3": None,
+      "question": "Is <image 2> like <image 1>?", "answer": "no"},
+     "Is picture 2 like picture 1?", "no", 2),
+    ({"question": "2 + 2?", "answer": "4"}, "2 + 2?", "4", 0),
+    ({"image": None, "question": "Which?", "choices": ["x", "y"], "answer": "y"},
+     "Which?\n(A) x\n(B) y", "B", 0),
+    ({"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "(b)"},
+     "Which?\n(A) x\n(B) y", "B", 0),
+    ({"question": "Which?", "options": '["x", "y"]', "answer": "A"}, "Which?\n(A) x\n(B) y", "A", 0),
+])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_layouts(folder, row, question, answer, pictures, name):
+    problems = load_problems(write(folder, [row, row], name))
+    assert problems.column_names == ["id", "question", "answer", "images"] or set(
+        problems.column_names) == {"id", "images", "question", "answer"}
+    assert (problems[0]["question"], problems[0]["answer"]) == (question, answer)
+    assert [image.size for image in problems[1]["images"]] == [(56, 56), (28, 84)][:pictures]
+
+
+def test_parquet_folder_and_mixed_types(folder):
+    rows = [{"id": "r", "image": "pictures/a.png", "question": "q", "answer": 3},
+            {"id": "s", "image": "pictures/b.jpg", "question": "q", "answer": "three"}]
+    problems = load_problems(write(folder, rows))
+    assert problems["answer"][:] == ["3", "three"] and problems["id"][:] == ["r", "s"]
+    problems.to_parquet(folder / "data.parquet")
+    again = load_problems(str(folder / "data.parquet"))
+    assert again[1]["images"][0].size == (28, 84) and again["answer"][:] == ["3", "three"]
+    lines = "\n".join(json.dumps({"file_name": name, "question": "q", "answer": "1"})
+                      for name in ("a.png", "b.jpg"))
+    (folder / "pictures" / "metadata.jsonl").write_text(lines)
+    (folder / "pictures" / "cut.png").unlink()
+    assert load_problems(str(folder / "pictures"))[1]["images"][0].size == (28, 84)
+
+
+def test_bad_rows_are_named_together(folder, processor, config):
+    good = {"image": "pictures/a.png", "question": "q", "answer": "1"}
+    rows = [good, {**good, "image": "pictures/none.png"}, {**good, "image": "pictures/cut.png"},
+            {**good, "answer": " "}, {**good, "question": ""}]
+    with pytest.raises(ValueError) as error:
+        load_problems(write(folder, rows))
+    message = str(error.value)
+    assert "4 of 5 rows" in message and "row 1 " in message and "none.png" in message
+    assert "row 2 " in message and "truncated" in message and "row 3 " in message
+    assert "row 0 " not in message
+    with pytest.raises(ValueError, match="none of the options"):
+        load_problems(write(folder, [{**good, "options": ["x", "y"], "answer": "z"}]))
+    with pytest.raises(ValueError, match="no column .*'answer'"):
+        load_problems(write(folder, [{"question": "q"}], "other.jsonl"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_problems(str(folder / "nothing.jsonl"))
+    (folder / "broken.jsonl").write_text('{"question": ')
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_problems(str(folder / "broken.jsonl"))
+    config.max_prompt_tokens = 20
+    with pytest.raises(ValueError, match="row 0 .*tokens, --max_prompt_tokens is 20"):
+        load_problems(write(folder, [good], "long.jsonl"), "train", processor, config)
+
+
+def test_a_mended_picture_is_looked_at_again(folder):
+    file = write(folder, [{"image": "pictures/late.png", "question": "q", "answer": "1"}])
+    with pytest.raises(ValueError, match="late.png"):
+        load_problems(file)
+    Image.new("RGB", (30, 30)).save(folder / "pictures/late.png")
+    assert len(load_problems(file)) == 1
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "c.json"
+    (tmp_path / "m").mkdir()
+    file.write_text(json.dumps({"model": "m", "sigma": 2.5, "seed": 4, "observe": False}))
+    command, config = parse_arguments(["train", "--config", str(file), "--seed", "9"])
+    assert (command, config.sigma, config.seed, config.observe) == ("train", 2.5, 9, False)
+    assert config.model == str(tmp_path / "m") and config.kl_coef == 0.01 and config.eval_data == ""
+    assert parse_arguments([])[1].data == str(TOY / "ladder.parquet")
+    file.write_text('{"sigmas": 1}')
+    with pytest.raises(ValueError, match="sigmas"):
+        parse_arguments(["train", "--config", str(file)])
+    with pytest.raises(SystemExit, match="usage"):
+        parse_arguments(["fly"])
+
+
+def run_script(*options, cwd):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, str(HERE / "observe_r1.py"), *options], cwd=cwd,
+                          capture_output=True, text=True, env=environment, timeout=170)
+
+
+def test_the_command_end_to_end(tmp_path, processor, problems):
+    """Three steps in a process of its own; its files; and final/ samples what the trained model did."""
+    result = run_script("train", "--config", str(TOY / "config.json"), "--max_steps", "3",
+                        "--prompts_per_step", "4", "--minibatch_prompts", "2", "--num_samples", "1",
+                        "--save_steps", "2", "--eval_steps", "2", "--output_dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    output = tmp_path / "out"
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert set(metrics[0]) >= {
+        "step", "optimizer_step", "reward", "accuracy", "format", "bonus", "response_length",
+        "truncated_fraction", "weight", "kl", "clip_fraction", "grad_norm", "learning_rate",
+        "zero_weight_fraction", "seconds"}
+    assert [("eval_accuracy" in row) for row in metrics] == [False, True, False]
+    assert metrics[-1]["optimizer_step"] <= 6
+    summary = json.loads((output / "summary.json").read_text())
+    assert 0 <= summary["accuracy_before"] <= 1 and summary["seconds"] > 0
+    rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 6 and len(rollouts[0]["responses"]) == 8
+    assert (output / "checkpoint-2" / "model.safetensors").exists()
+    page = (output / "report.html").read_text()
+    assert "&lt;answer&gt;" in page and "<answer>" not in page
+    config = Config(**json.loads((output / "config.json").read_text()))
+    loaded = [(Qwen2_5_VLForConditionalGeneration.from_pretrained(output / "final", dtype=torch.float32),
+               AutoProcessor.from_pretrained(output / "final")) for _ in range(2)]
+    first, second = (run_rollout(*pair, problems, config) for pair in loaded)
+    assert first.texts == second.texts
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(TOY / "model", dtype=torch.float32)
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), loaded[0][0].parameters())]
+    assert sum(changed) > len(changed) * 0.9
+
+
+def test_errors_are_one_line(tmp_path):
+    result = run_script("train", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
+        "observe_r1: --data is missing")
