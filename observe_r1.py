@@ -101,9 +101,9 @@ PROMPTS = {
 def load_problems(source: str, split: str = "train", processor=None, config=None):
     """Read any common layout into a Dataset of id, images, question, answer (and ladder scores).
 
-    source: hub id, folder, or file of a type in READERS; picture paths start at its folder. With a
-    processor and a Config each prompt is encoded once, to measure it. One ValueError names the
-    first rows that cannot be used: no or damaged picture, empty or impossible answer, too long.
+    source: hub id, folder, or file of a type in READERS; picture paths start at its folder. With
+    processor and Config each prompt is encoded once, to measure it. A ValueError names the first
+    rows that cannot be used: no or damaged picture, empty or impossible answer, prompt too long.
     """
     path, reader = Path(source), READERS.get(Path(source).suffix.lower())
     try:
@@ -167,11 +167,10 @@ def _read_message(question) -> tuple[str, list]:
     """Text and pictures of a plain question or of chat messages (a list, or its JSON string)."""
     if isinstance(question, str) and question.lstrip().startswith('[{"'):
         question = json.loads(question)
-    parts = [{"text": str(question or "")}]
-    if isinstance(question, list):
-        contents = [message["content"] for message in question if message["role"] == "user"]
-        parts = [part for content in contents
-                 for part in ([{"text": content}] if isinstance(content, str) else content)]
+    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    parts = [part for content in contents for part in (
+        content if isinstance(content, list) else [{"text": str(content or "")}])]
     text = "\n".join(part["text"] for part in parts if part.get("text"))
     text = re.sub(r"<image\s?(\d*)>", lambda mark: mark[1] and f"picture {mark[1]}", text)
     return text.strip(), [part["image"] for part in parts if part.get("image")]
@@ -192,14 +191,13 @@ def _add_options(question: str, answer, options) -> tuple[str, str]:
 def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
     """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
 
-    System prompt, then pictures, then the question. num_images [B] says how many pictures a prompt
-    has; pixel_values and image_grid_thw hold those of all prompts end to end.
+    num_images [B] says how many pictures a prompt has; pixel_values and image_grid_thw hold those
+    of all prompts end to end.
     """
-    chats = []
+    system, chats = config.system_prompt or PROMPTS["observe" if config.observe else "think"], []
     for problem in problems:
         pictures = [{"type": "image", "image": image, "min_pixels": config.min_pixels,
                      "max_pixels": config.max_pixels} for image in problem["images"]]
-        system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
         user = [*pictures, {"type": "text", "text": problem["question"]}]
         chats.append([{"role": "system", "content": system}, {"role": "user", "content": user}])
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
@@ -230,11 +228,10 @@ def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[
 
     difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens.
     Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
-
-    Shares and level sizes n_l fix the stage sizes: sum_i size_i share_il = n_l. From one stage a
+    Stage sizes must satisfy sum_i size_i share_il = n_l, the problems of level l. From one stage a
     level, each round sends every level to the stages in proportion to what they ask of it (EM for
-    mixture weights). At the figure's level sizes that ends in the figure, elsewhere as near to it
-    as using each problem once allows; no stage takes from a level in which it has no share.
+    mixture weights): at the figure's level sizes this ends in the figure, elsewhere as near to it
+    as using each problem once allows, and no stage takes from a level in which it has no share.
     """
     share = np.zeros((9, 9))  # [stage, level]
     for stage, (low, shares) in enumerate(STAGES):
@@ -260,18 +257,17 @@ def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
     """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
     order, columns = list(range(len(problems))), problems.column_names
     scored = "difficulty" in columns and "complexity" in columns
+    if config.order == "sorted" and not scored:
+        raise ValueError(f"--order sorted needs difficulty and complexity, not just {columns}")
     if config.order == "random":
         random.Random(config.seed).shuffle(order)
     elif config.order == "sorted":
-        if not scored:
-            raise ValueError(f"--order sorted needs difficulty and complexity, not just {columns}")
         order = np.lexsort((problems["complexity"], problems["difficulty"])).tolist()
     elif scored and "stage" not in columns:  # with stages it is a ladder already, in its order
         order, _ = mix_ladder(problems["difficulty"], problems["complexity"], config.seed)
-    wanted = config.max_steps * config.prompts_per_step
-    if 0 < wanted < len(order):  # evenly: a cut would lose the hard end
-        order = [order[int((k + 0.5) * len(order) / wanted)] for k in range(wanted)]
-    return order
+    count = config.max_steps * config.prompts_per_step or len(order)
+    stride = max(1, len(order) / count)  # thinned evenly: a cut would lose the hard end
+    return [order[int((k + 0.5) * stride)] for k in range(min(count, len(order)))]
 
 # ----------------------------------------------------------------------------------------- rollout
 # For each prompt the policy, as it is now, writes G responses.
@@ -405,7 +401,7 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps=1e-6) -> 
 
 # ------------------------------------------------------------------------------- log-probabilities
 def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """One row of L tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
+    """One row of tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
 
     A response token sees the prompt and its own response so far, and its position goes on where the
     prompt ends: just what it would see alone, but prompt and picture are encoded once, not G times,
@@ -457,8 +453,8 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
               kl_coef=0.01, num_responses=None) -> tuple[torch.Tensor, dict[str, float]]:
     """GRPO (arXiv 2402.03300): log-probabilities, mask [N,T] and advantages [N] -> loss, metrics.
 
-    A token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens; the sum
-    over responses is divided by `num_responses`, all that this optimiser step sampled (N if None).
+    A token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens; their
+    sum over responses is divided by `num_responses`, all that this optimiser step sampled (or N).
     `ref_log_probs` may be None: no KL. The metrics are means over the N responses.
     """
     mask = mask.to(log_probs.dtype)
@@ -490,16 +486,17 @@ def train(config: Config, rollout=rollout) -> dict:
         advantages = group_advantages(scores["reward"], scores["weight"])  # w (r - mean) / std
         metrics = update(state, rollouts, advantages, config)  # GRPO
         state.step += 1
-        if config.eval_steps and state.step % config.eval_steps == 0:
-            metrics["eval_accuracy"] = evaluate(state, config, rollout)
+        if state.held_out and config.eval_steps and state.step % config.eval_steps == 0:
+            metrics["eval_accuracy"] = evaluate(state, config, rollout)["accuracy"]
         if config.save_steps and state.step % config.save_steps == 0:
             save_model(state, output / f"checkpoint-{state.step}")
         metrics["seconds"] = round(time.time() - clock, 3)
         log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
     save_model(state, output / "final")
     after = evaluate(state, config, rollout)
-    summary = {"accuracy_before": before, "accuracy_after": after, "steps": state.step,
-               "seconds": round(time.time() - started, 1)}
+    summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
+    for when, means in (("before", before), ("after", after)):
+        summary |= {f"{name}_{when}": round(value, 4) for name, value in means.items()}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     write_report(output)
     print(f"{json.dumps(summary)}\nthe model is {output / 'final'}; see {output / 'report.html'}")
@@ -512,8 +509,10 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
     """
     advantages = advantages.to(rollouts.mask.device)  # [B,G]
     trained = advantages.any(1).nonzero().flatten().tolist()
-    passes = backward_passes(rollouts, trained, config.token_budget)
     minibatches = torch.arange(len(advantages)).split(config.minibatch_prompts)
+    P, (_, G, T) = rollouts.prompt["input_ids"].shape[1], rollouts.mask.shape
+    size = max(1, (config.token_budget - P) // T)  # responses that share a backward pass
+    passes = [(row, slice(start, start + size)) for row in trained for start in range(0, G, size)]
     old = ref = [None] * len(passes)
     with torch.no_grad():
         if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
@@ -545,15 +544,6 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
         state.scheduler.step()
     return {"optimizer_step": state.optimizer_step, **totals, "learning_rate": rate,
             "grad_norm": sum(norms) / max(1, len(norms))}
-
-def backward_passes(rollouts: Rollouts, rows: list[int], token_budget: int) -> list[tuple]:
-    """(row, responses): a group at a time, or as much of a long one as the token budget holds."""
-    passes, G = [], rollouts.mask.shape[1]
-    for row in rows:
-        room = token_budget - int(rollouts.prompt["attention_mask"][row].sum())
-        size = max(1, room // int(rollouts.mask[row].sum(-1).max()))
-        passes += [(row, slice(start, start + size)) for start in range(0, G, size)]
-    return passes
 
 # ------------------------------------------------------------------------------- around a training
 def load_model(config: Config) -> transformers.PreTrainedModel:
@@ -589,28 +579,36 @@ def prepare(config: Config) -> SimpleNamespace:
         (output / name).write_text("")
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
     memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
-    print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained; "
-          f"{memory:.3g} GB of fp32 weights, gradients and moments, on top of it activations and up to "
-          f"{config.cache_gb:g} GB of cache\n{len(problems)} problems, {len(order)} of them in "
+    print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained\n"
+          f"{memory:.3g} GB of fp32 weights, gradients and moments; also activations, and up to "
+          f"{config.cache_gb:g} GB of key/value cache\n{len(problems)} problems, {len(order)} in "
           f"{config.order} order: {len(steps)} steps x {size} prompts x {config.num_generations} "
           f"responses, {updates} optimiser steps")
     return SimpleNamespace(
         model=model, reference=reference, processor=processor, optimizer=optimizer, steps=steps,
         scheduler=scheduler, problems=problems, held_out=held_out, step=0, optimizer_step=0)
 
-def evaluate(state, config: Config, rollout=rollout) -> float | None:
-    """Accuracy on the held-out problems, mean of --num_samples responses, one fixed seed."""
+def respond(model, processor, problems, config: Config, rollout=rollout):
+    """Yield, for each problem, a row of its responses and what they scored: lists of G values."""
+    for rows in torch.arange(len(problems)).split(config.prompts_per_step):
+        batch = list(problems.select(rows.tolist()))
+        rollouts = rollout(model, processor, batch, config)
+        scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
+        for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
+            numbers = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
+            yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **numbers}
+
+def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
+    """Held-out accuracy, format, length: means of --num_samples responses, always of one seed."""
     if not state.held_out:
-        return None
-    accuracy, sampling = [], replace(config, num_generations=config.num_samples)
+        return {}
     size = max(1, config.prompts_per_step * config.num_generations // config.num_samples)
+    sampling = replace(config, num_generations=config.num_samples, prompts_per_step=size)
     with torch.random.fork_rng():  # training goes on with the random numbers it would have had
         torch.manual_seed(config.seed)
-        for rows in torch.arange(len(state.held_out)).split(size):
-            problems = list(state.held_out.select(rows.tolist()))
-            rollouts = rollout(state.model, state.processor, problems, sampling)
-            accuracy.append(score_rollouts(rollouts, problems, sampling)["accuracy"].flatten())
-    return torch.cat(accuracy).mean().item()
+        rows = list(respond(state.model, state.processor, state.held_out, sampling, rollout))
+    return {name: float(np.mean([row[name] for row in rows]))
+            for name in ("accuracy", "format", "length")}
 
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
@@ -645,7 +643,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
     """Command and Config; no arguments at all train the toy."""
     command, *options = arguments or ["train", "--config", str(TOY)]
     if command not in COMMANDS:
-        raise SystemExit(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
+        raise ValueError(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
     parser = transformers.HfArgumentParser(Config, prog=f"observe_r1.py {command}")
     (config,) = parser.parse_args_into_dataclasses(options)
     if config.config:

@@ -620,7 +620,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file.write_text('{"sigmas": 1}')
     with pytest.raises(ValueError, match="sigmas"):
         parse_arguments(["train", "--config", str(file)])
-    with pytest.raises(SystemExit, match="usage"):
+    with pytest.raises(ValueError, match="usage"):
         parse_arguments(["fly"])
 
 
