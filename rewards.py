@@ -1,29 +1,24 @@
-r"""The rewards of Observe-R1 (arXiv 2505.12432): standard library alone, safe on whatever a policy writes.
+r"""The rewards of Observe-R1 (arXiv 2505.12432), safe for anything a policy writes.
 
-    accuracy_reward(response, gold)    1.0 if the final answer matches the gold by rule, else 0.0
-    format_reward(response)            0.5 if <observe>, <think>, <answer> stand where they should
-    bonus_rewards(correct, lengths)    0.2 to the shortest correct response over a length floor
-    dynamic_weight(correct)            4 sigma d (1 - d): half-solved groups count most
+What `answers_match` reads, tried from top to bottom; what no row reads is text:
 
-What `answers_match` understands; it tries the rows from top to bottom, and what no row reads is text:
+    choice      B   (b)   **B**   B. 12 cm   The correct answer is (B).     two letters are wrong
+    list        (2, 3)   [1, 2)   {2, 1}   3 and -3   \pm 3     sets and bare lists in any order
+    relation    x = 5   180 - 45 = 135   x \geq 5   5 <= x   2x - y + 1 = 0
+    ratio       1:2   12:00     part by part
+    quantity    1,345   1 1/2   50%   60^\circ   12 cm   9\pi cm^2     one unit may be missing
+    expression  + - * / ^ ( ) { } | |   \frac{1}{2}   \sqrt[3]{8}   2\sqrt{3}   \tan 45^\circ   x_1
+    text        case, articles and outer punctuation do not count; "Yes, it is" is yes
 
-    choice       B   (b)   **B**   B. 12 cm   The correct answer is (B).     two letters are wrong
-    list         (2, 3)   [1, 2)   {2, 1}   3 and -3   \pm 3     sets and bare lists in any order
-    relation     x = 5   180 - 45 = 135   x >= 5   5 <= x   2x - y + 1 = 0
-    ratio, time  1:2   12:00
-    quantity     1,345   -0.5   50%   60^\circ   12 cm   9\pi cm^2   2 hours     one unit may be missing
-    expression   sum   = ["-"] product {("+" | "-") product}
-                 product = power {["*" | "/"] power}     3(4) is 12, but 3 4 is nothing
-                 power = atom ["^" power]
-                 atom  = number | variable | (sum) | |sum| | \frac{sum}{sum} | \sqrt[n]{sum} | \sin power
-    text         case, articles and outer punctuation do not count; yes, no, true, false may go on
-
-Numbers are exact fractions as long as they can be; a decimal of three or more digits also matches what
-rounds to it (3.14 and \pi). Expressions are equal if they agree at fixed points, negative ones among
-them. Nothing is ever evaluated by Python's own evaluator; length, depth and exponents are capped.
+Numbers are exact fractions as long as they can be; a decimal of three or more digits also matches
+what rounds to it (3.14 and \pi). 3(4) is 12, 3 4 is nothing. Expressions are equal if they agree at
+fixed points. Python's parser reads an expression and a walk over its tree computes it, with length,
+depth and exponents capped: Python itself evaluates nothing.
 """
 
+import ast
 import math
+import operator
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -32,15 +27,13 @@ from fractions import Fraction
 MAX_LENGTH = 400  # longer answers are compared as text only
 
 # ------------------------------------------------------------------------------------------ answer
-
-
 def extract_answer(response: str) -> str | None:
-    r"""The final answer: the last complete <answer> block, else an unclosed one, else the last \boxed{}.
+    r"""The last complete <answer> block, else an unclosed one, else the last \boxed{}, else None.
 
-    Returns None if there is none of these, which scores 0 (method, section 3).
+    None scores 0 (method, section 3).
 
-    >>> extract_answer("<answer>11</answer> or <answer>12</answer>"), extract_answer(r"so \boxed{12}")
-    ('12', '12')
+    >>> extract_answer("<answer>1</answer> <answer>2</answer>"), extract_answer(r"so \boxed{12}")
+    ('2', '12')
     """
     start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
     if start >= 0:
@@ -55,38 +48,32 @@ def extract_answer(response: str) -> str | None:
             return response[start + 7:end]
     return None
 
-
 _SYMBOLS = {  # LaTeX and Unicode spellings of one thing
-    **{rf"\{name}": "" for name in ("left", "right", "displaystyle", "quad", "qquad", "!", "$")},
-    **{rf"\{mark}": " " for mark in (",", ";", ":", " ")},
-    **{rf"\{name}": "*" for name in ("cdot", "times", "ast")},
-    **{rf"\{name}frac": r"\frac" for name in "dtc"},
-    r"\div": "/", r"\leqslant": "≤", r"\geqslant": "≥", r"\leq": "≤", r"\geq": "≥", r"\le": "≤",
-    r"\ge": "≥", r"\neq": "≠", r"\ne": "≠", r"\lt": "<", r"\gt": ">", r"\pm": "±", r"\infty": "∞",
-    r"\emptyset": "∅", r"\varnothing": "∅", r"\angle": "∠", r"\degree": "°", r"\circ": "°",
-    r"\{": "{", r"\}": "}", r"\%": "%", r"\Omega": "Ω", r"\mu": "μ", r"\pi": "π", r"\alpha": "α",
-    r"\beta": "β", r"\gamma": "γ", r"\theta": "θ", r"\phi": "φ", r"\varphi": "φ", r"\lambda": "λ",
-    "~": " ", "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "√": r"\sqrt",
-    "∘": "°", "º": "°", "µ": "μ", "<=": "≤", ">=": "≥", "!=": "≠", "：": ":", "，": ",", "⁄": "/",
+    **{"\\" + name: "" for name in "left right displaystyle quad qquad ! $ ( ) [ ]".split()},
+    **{"\\" + mark: " " for mark in ",;: "}, **{f"\\{c}frac": r"\frac" for c in "dtc"},
+    **{"\\" + name: symbol for pair in (
+        "cdot * times * ast * div / leqslant ≤ geqslant ≥ leq ≤ geq ≥ le ≤ ge ≥ neq ≠ ne ≠ lt < gt > pm ± "
+        "infty ∞ emptyset ∅ varnothing ∅ angle ∠ degree ° circ ° { { } } % % Omega Ω mu μ pi π alpha α "
+        "beta β gamma γ theta θ phi φ varphi φ lambda λ",)
+       for name, symbol in zip(pair.split()[::2], pair.split()[1::2])},
+    **dict(pair.split(" ") for pair in "− -|– -|— -|× *|· *|⋅ *|÷ /|√ \\sqrt|∘ °|º °|µ μ|<= ≤|>= ≥|"
+           "!= ≠|： :|， ,|⁄ /".split("|")), "~": " ", "$": "",
 }
-_SYMBOL = re.compile("|".join(
-    re.escape(key) + ("(?![a-zA-Z])" if key[-1].isalpha() and key[0] == "\\" else "")
-    for key in sorted(_SYMBOLS, key=len, reverse=True)))
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox)\s*\{([^{}]*)\}")
-_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?(?:answer|option|choice)"
-                   r"(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
+_SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (key[0] == "\\" and key[-1].isalpha())
+                              for key in sorted(_SYMBOLS, key=len, reverse=True)))
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
+_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?(?:answer|option|"
+                   r"choice)(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:[, ][0-9]{3})+)(?![0-9,])")
 
-
 def _clean(answer: str) -> str:
-    """One spelling for wrappers, symbols and white space; a long answer only loses its white space."""
+    """One spelling of wrappers, symbols and white space; a long answer only loses white space."""
     text = " ".join(answer.split())
     if len(text) > MAX_LENGTH:
         return text
-    text = "".join(f" {unicodedata.normalize('NFKC', c)}" if unicodedata.category(c) == "No"
-                   and "⁄" in unicodedata.normalize("NFKC", c) else c for c in text)  # ½ -> 1⁄2
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
-    text = text.replace("$", "").replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
+    plain = unicodedata.normalize
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + plain("NFKC", m[0]), text)  # ½ is 1⁄2
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + plain("NFKC", m[0]), text)
     text = _WRAPPED.sub(r" \1 ", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
     text = re.sub(r"\^ ?(?:\{ ?°? ?\}|°)|\^o\b", "°", re.sub(r"\^ ?\{ ?° ?\}", "°", text))
     for _ in range(4):  # wrappers nest: **\boxed{...}**
@@ -96,9 +83,8 @@ def _clean(answer: str) -> str:
     text = " ".join(text.replace("**", "^").split())
     return text if text[:1] in "([{" else _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[1]), text)
 
-
 def _choice(answer: str) -> str | None:
-    """The letter of a choice: alone, in delimiters, or before its own option text; None if unclear."""
+    """The letter of a choice: alone, in delimiters or before its text; None if unclear."""
     alone = re.fullmatch(r"[(\[{]? ?([A-Za-z]) ?[)\]}.:]?", answer)
     if alone:
         return alone[1].upper()
@@ -107,167 +93,106 @@ def _choice(answer: str) -> str | None:
     starts = re.match(r"\(?[A-Z](?:\)|[.:] | - )", answer)
     return letters.pop() if starts and len(letters) == 1 else None
 
-
 # -------------------------------------------------------------------------------------- expression
+_FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10,
+              "exp": math.exp, "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
+              "abs": abs, "sqrt": None, "frac": None}
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv}
+_MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
+                    r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
+_TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
+                    + "|".join(sorted(_FUNCTIONS, key=len, reverse=True))
+                    + r")(?![a-z])|([^\W\d_](?:_\w)?|∞)|([-+*/^()\[\]°]))")
 
-_FUNCTIONS = {"sqrt": math.sqrt, "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log,
-              "log": math.log10, "exp": math.exp, "arcsin": math.asin, "arccos": math.acos,
-              "arctan": math.atan}
-_TOKEN = re.compile(r" *(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\?(" + "|".join(_FUNCTIONS) + r")(?![a-z])"
-                    r"|\\(frac)|([^\W\d_](?:_(?:\{\w+\}|\w))?)|([-+*/^(){}\[\]|°!∞]))")
+def _parse(text: str) -> ast.expr:
+    """Python's syntax tree of LaTeX or plain arithmetic. ValueError or SyntaxError if it is neither."""
+    text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
+    text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"_\{(\w)\}", r"_\1", text))
+    text = re.sub(r"\|([^|]+)\|", r" abs(\1)", text).replace("{", "(").replace("}", ")")
+    source, place, before = [], 0, ""  # before: "" or what the last token was
+    while place < len(text):
+        token = _TOKEN.match(text, place)
+        if not token or token[3] and re.match("[A-Za-z]{3}", token[0].strip() + text[token.end():]):
+            raise ValueError("a word, or a symbol of something else")
+        place = token.end()
+        number, name, letter, mark = token.groups()
+        if before == "atom" and not mark:
+            if number:
+                raise ValueError("two numbers side by side are no product")
+            source.append("*")
+        if number:
+            number = re.sub(r"^0+(?=[0-9])", "", number).replace(" ", "").replace("°", "*deg")
+        atom = number or letter
+        if atom:
+            source.append(f"({atom})" if before == "name" else atom.replace("∞", "inf"))
+        else:
+            source.append(name or {"^": "**", "°": "*deg"}.get(mark, mark))
+        before = "name" if name else "atom" if atom or mark in tuple(")°") else ""
+    return ast.parse("".join(source).strip(), mode="eval").body
 
-
-class _Parser:
-    """Recursive descent over the grammar of the module docstring, evaluated at one point at once."""
-
-    def __init__(self, text: str, point: int):
-        text = re.sub(r"(?<![\w.^])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![\w.])", r"(\1+\2/\3)", text)
-        text = re.sub(r"(?<![\w.^])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text)
-        text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", text)  # 1 1/2, 1\frac{1}{2}, \frac12
-        self.tokens, self.at, self.depth, self.point, self.degrees = [], 0, 0, point, False
-        place = 0
-        while place < len(text):
-            token = _TOKEN.match(text, place)
-            if not token or re.search(r"[^\W\d_]{3}", text[place:place + 3]) and token[4]:
-                raise ValueError("not an expression")
-            self.tokens.append((token.lastindex, token[token.lastindex]))
-            place = token.end()
-        self.tokens.append((0, ""))
-
-    def peek(self) -> str:
-        return self.tokens[self.at][1]
-
-    def take(self, wanted: str = "") -> str:
-        kind, token = self.tokens[self.at]
-        if wanted and token != wanted or not kind:
-            raise ValueError("not an expression")
-        self.at += 1
-        return token
-
-    def sum(self):
-        self.depth += 1
-        if self.depth > 30:
-            raise ValueError("too deep")
-        sign = -1 if self.peek() in "+-" and self.peek() and self.take() == "-" else 1
-        value = sign * self.product()
-        while self.peek() in ("+", "-"):
-            value = value + self.product() if self.take() == "+" else value - self.product()
-        self.depth -= 1
-        return value
-
-    def product(self):
-        value = self.power()
-        while True:
-            kind, token = self.tokens[self.at]
-            if token == "*":
-                self.take()
-                value = value * self.power()
-            elif token == "/":
-                self.take()
-                value = value / self.power()
-            elif kind in (2, 3, 4) or token and token in "({∞":
-                value = value * self.power()  # written side by side
-            else:
-                return value
-
-    def power(self):
-        if self.peek() == "-":
-            self.take()
-            return -self.power()
-        value = self.atom()
-        if self.peek() == "°":
-            self.take()
-            self.degrees = True
-        if self.peek() == "^":
-            self.take()
-            return self.raised(value, self.power())
-        return value
-
-    def raised(self, value, exponent):
-        if abs(exponent) > 1000 or isinstance(value, Fraction) and (
-                value.numerator.bit_length() + value.denominator.bit_length()) * abs(exponent) > 20000:
-            raise ValueError("too large")
-        value = value ** exponent
-        if isinstance(value, complex):
-            raise ValueError("not real")
-        return value
-
-    def group(self, close: str):
-        value = self.sum()
-        self.take(close)
-        return value
-
-    def atom(self):
-        kind, token = self.tokens[self.at]
-        self.take()
-        if kind == 1:
-            return Fraction(token)
-        if kind == 2:
-            return self.function(token)
-        if kind == 3:
-            self.take("{")
-            top = self.group("}")
-            self.take("{")
-            return top / self.group("}")
-        if kind == 4:
-            if token in "πe":
-                return math.pi if token == "π" else math.e
-            letters = token.replace("{", "").replace("}", "")  # x_{1} is x_1
-            code = sum((i + 1) * ord(c) for i, c in enumerate(letters))
-            return Fraction((code * (self.point + 3) * 7919) % 997 - 400, 211)  # some below zero
-        if token in "({":
-            return self.group({"(": ")", "{": "}"}[token])
-        if token == "|":
-            return abs(self.group("|"))
-        if token == "∞":
-            return math.inf
+def _compute(node: ast.expr, point: int, degree: float = 1):
+    """Value of a syntax tree at a fixed point, a Fraction if it can be. ArithmeticError, ValueError."""
+    if isinstance(node, ast.Constant):
+        return Fraction(repr(node.value))
+    if isinstance(node, ast.Name):
+        constants = {"π": math.pi, "e": math.e, "inf": math.inf, "deg": degree}
+        code = sum((i + 1) * ord(c) for i, c in enumerate(node.id))  # some values below zero
+        return constants.get(node.id, Fraction(code * (point + 3) * 7919 % 997 - 400, 211))
+    if isinstance(node, ast.UnaryOp):
+        value = _compute(node.operand, point, degree)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Call) and len(node.args) == 1:
+        inner, name = node.func, getattr(node.func, "id", "")
+        if isinstance(inner, ast.Call) and getattr(inner.func, "id", "") == "frac":
+            return _compute(inner.args[0], point, degree) / _compute(node.args[0], point, degree)
+        root = 2 if name == "sqrt" else None
+        if isinstance(inner, ast.Subscript) and getattr(inner.value, "id", "") == "sqrt":
+            root = _compute(inner.slice, point)
+        if root:
+            value = _compute(node.args[0], point, degree)
+            near = round(abs(value) ** (1 / float(root))) if abs(value) < 1e12 else 0
+            return Fraction(near) if near ** root == value else math.pow(value, 1 / root)
+        if _FUNCTIONS.get(name):  # 45 degrees are an angle inside a function, and 45 elsewhere
+            return _FUNCTIONS[name](_compute(node.args[0], point, math.pi / 180))
+        return _compute(inner, point, degree) * _compute(node.args[0], point, degree)
+    if not isinstance(node, ast.BinOp):
         raise ValueError("not an expression")
-
-    def function(self, name: str):
-        root = 2
-        if name == "sqrt" and self.peek() == "[":
-            self.take()
-            root = self.group("]")
-        self.degrees = False
-        value = self.power()
-        if name != "sqrt":
-            return _FUNCTIONS[name](math.radians(value) if self.degrees else value)
-        exact = round(abs(value) ** (1 / Fraction(root))) if isinstance(value, Fraction) else 0
-        if exact ** root == value:
-            return Fraction(exact)
-        return float(value) ** (1 / float(root)) if value >= 0 else math.sqrt(value)
-
+    a, b = _compute(node.left, point, degree), _compute(node.right, point, degree)
+    if isinstance(node.op, ast.Pow):
+        size = a.numerator.bit_length() + a.denominator.bit_length() if isinstance(a, Fraction) else 1
+        if abs(b) > 1000 or size * abs(b) > 20000:
+            raise ValueError("too large")
+        return a ** b
+    return _OPERATORS[type(node.op)](a, b)
 
 def _evaluate(text: str, point: int = 0):
-    """Value at a fixed point (Fraction or float), or None if the text is no expression there."""
-    if not text or len(text) > MAX_LENGTH or not re.search(r"[0-9π∞]|[-+*/^|]|^[^\W\d_](_\w)?$", text):
+    """Value of an expression at a fixed point (Fraction or float), None if it has none there."""
+    if not text or len(text) > MAX_LENGTH or not re.search(r"[0-9π∞*/+^|-]|^[^\W\d_](_\w)?$", text):
         return None  # a bare word is text, not a product of letters
     try:
-        parser = _Parser(text, point)
-        value = parser.sum()
-        return value if not parser.peek() and not math.isnan(value) else None
-    except (ValueError, ArithmeticError, TypeError, RecursionError):
+        value = _compute(_parse(text), point)
+        return None if isinstance(value, complex) or math.isnan(value) else value
+    except (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError, MemoryError):
         return None
 
-
 # ------------------------------------------------------------------------------------- comparison
-
-_UNITS = {"percent": "%", "degree": "°", "deg": "°", "centimeter": "cm", "millimeter": "mm",
-          "meter": "m", "kilometer": "km", "gram": "g", "kilogram": "kg", "liter": "l", "second": "s",
-          "sec": "s", "minute": "min", "hour": "h", "hr": "h", "inch": "in", "feet": "ft", "foot": "ft",
-          "centimetre": "cm", "metre": "m", "kilometre": "km", "litre": "l", "dollar": "$"}
-_UNIT = re.compile(r"(.*[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
-                   r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
-                   r"(?:[cmk]?m|k?g|m[lL]|ft|in)(?:\^?[23])?)")
+_UNITS = dict(zip(*[iter(
+    "percent % degree ° deg ° centimeter cm centimetre cm millimeter mm meter m metre m kilometer km "
+    "kilometre km gram g kilogram kg liter l litre l second s sec s minute min hour h hr h inch in "
+    "feet ft foot ft dollar $".split())] * 2))
+_UNIT = re.compile(
+    r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
+    r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
+    r"(?:[cmk]?m|k?g|m[lL]|ft|in)(?:\^?[23])?)")
 _WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
-
 
 def _quantity(text: str) -> tuple[str, str]:
     """Number and unit, the unit in one spelling: '12 square centimeters' -> ('12', 'cm^2')."""
     text = text.removeprefix("≈").strip()
     match = _UNIT.fullmatch(text)
-    if not match or _evaluate(match[1]) is None:
+    if not match or _evaluate(match[1]) is None or re.search("sin|cos|tan", text):
         return text, ""
     words = []
     for word in re.findall(r"[^\W\d_]+|[%°/]|\^?[0-9]", match[2]):
@@ -278,18 +203,16 @@ def _quantity(text: str) -> tuple[str, str]:
             words = [word for word in words if word != name] + [power]
     return match[1].strip(), "".join(words)
 
-
 def _places(text: str) -> int:
-    """Decimals of a literal of at least three significant digits, which may have been rounded; else 0."""
+    """Decimals of a literal of three or more digits, which may have been rounded; else 0."""
     match = re.fullmatch(r"-? ?([0-9]*)\.([0-9]+)", text)
     return len(match[2]) if match and len((match[1] + match[2]).lstrip("0")) >= 3 else 0
-
 
 def _same_number(a, b, places: int = 0) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction) and not places:
         return a == b
-    return a == b or abs(a - b) <= max(1e-9 * max(abs(a), abs(b)), 0.5000001 * 10 ** -places if places else 0)
-
+    within = 0.5000001 * 10 ** -places if places else 1e-9 * max(abs(a), abs(b))
+    return a == b or abs(a - b) <= within
 
 def _same_quantity(a: str, b: str) -> bool:
     """Both are expressions of the same value, or of the same values at several points."""
@@ -303,13 +226,12 @@ def _same_quantity(a: str, b: str) -> bool:
     places = [n for n in (_places(a), _places(b)) if n]
     for factor in factors:
         p, q = (x * factor, y) if unit_a else (x, y * factor)
-        if _same_number(p, q, min(places) if places and factor == 1 else 0):
-            others = [(_evaluate(a, k), _evaluate(b, k)) for k in (1, 2, 3)]
-            defined = [(s, t) for s, t in others if s is not None and t is not None]
-            return factor != 1 or bool(defined) and all(_same_number(s, t, 0 if s != x else min(
-                places, default=0)) for s, t in defined)
+        rounding = min(places) if places and factor == 1 else 0
+        if _same_number(p, q, rounding):
+            pairs = [(_evaluate(a, k), _evaluate(b, k)) for k in (1, 2, 3)]
+            return factor != 1 or all(_same_number(s, t, rounding if s == x else 0)
+                                      for s, t in pairs if s is not None and t is not None)
     return False
-
 
 def _items(text: str) -> tuple[str, list[str], str] | None:
     """(opening, items, closing) of a list, '' and '' if it is bare; None if it is no list."""
@@ -331,7 +253,6 @@ def _items(text: str) -> tuple[str, list[str], str] | None:
         return None
     return (text[0], items, text[-1]) if whole else ("", items, "")
 
-
 def _same_list(a, b) -> bool:
     (open_a, a, close_a), (open_b, b, close_b) = a, b
     if open_a and open_b and (open_a + close_a != open_b + close_b) or len(a) != len(b):
@@ -346,9 +267,7 @@ def _same_list(a, b) -> bool:
         rest.remove(found)
     return len(a) <= 20
 
-
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
-
 
 def _solved(text: str) -> tuple[str, str]:
     """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
@@ -361,7 +280,6 @@ def _solved(text: str) -> tuple[str, str]:
         return (sides[0] if names[0] else ""), sides[-1]
     return "", text
 
-
 def _same_relation(a: str, b: str) -> bool:
     """Equations and inequalities; an equation that names its value may stand for the value."""
     (name_a, value_a), (name_b, value_b) = _solved(a), _solved(b)
@@ -372,17 +290,17 @@ def _same_relation(a: str, b: str) -> bool:
     for sides in (left, [_FLIPPED.get(part, part) for part in left[::-1]]):
         if sides[1::2] == right[1::2] and all(map(_same, sides[::2], right[::2])):
             return True
-    if left[1::2] == right[1::2] == ["="]:  # the same curve: differences of the sides are proportional
+    if left[1::2] == right[1::2] == ["="]:  # the same curve
         pairs = [[_evaluate(f"({l})-({r})", k) for l, _, r in (left, right)] for k in range(3)]
         if all(None not in pair and pair[1] for pair in pairs):
             return all(_same_number(p / q, pairs[0][0] / pairs[0][1]) for p, q in pairs)
     return False
 
-
 def _text(text: str) -> str:
-    text = re.sub(r"^(?:an?|the) ", "", " ".join(text.lower().replace("\\", " ").split()).strip(" .,;:!?"))
+    text = re.sub(r"(?<=[^\w\s]) | (?=[^\w\s])", "", text)
+    text = " ".join(text.lower().replace("\\", " ").split()).strip(" .,;:!?")
+    text = re.sub(r"^(?:an?|the) ", "", text)
     return _WORDS.get(text, text)
-
 
 def _same(a: str, b: str) -> bool:
     """Two cleaned answers, no choices: the rows of the table in the module docstring."""
@@ -390,6 +308,8 @@ def _same(a: str, b: str) -> bool:
         return bool(_text(b))
     if max(len(a), len(b)) > MAX_LENGTH:
         return False
+    if _text(b) in ("yes", "no", "true", "false"):
+        return bool(re.match(_text(b) + "[,.;]", a.lower()))
     lists = _items(a), _items(b)
     if all(lists):
         return _same_list(*lists)
@@ -399,23 +319,20 @@ def _same(a: str, b: str) -> bool:
         return False
     if ":" in a and ":" in b:
         a, b = a.split(":"), b.split(":")
-        return len(a) == len(b) and all(map(_same, a, b))
-    if _text(b) in ("yes", "no", "true", "false"):
-        return bool(re.match(_text(b) + "[,.;]", a.lower()))
-    return _same_quantity(_text(a) if _text(a).isdigit() else a, _text(b) if _text(b).isdigit() else b)
-
+        return len(a) == len(b) and all(_same(x.strip(), y.strip()) for x, y in zip(a, b))
+    a, b = a.replace(":", "/"), b.replace(":", "/")
+    return _same_quantity(*(_text(x) if _text(x).isdigit() else x for x in (a, b)))
 
 _UNREADABLE = {"n/a", "nan", "null", "", "?", "-"}
-
 
 def answers_match(prediction: str, gold: str) -> bool:
     r"""Whether two answers are the same by the rules in the module docstring.
 
-    gold: the reference; empty or unreadable ("N/A", "?") it matches nothing. A gold that is one capital
-    letter is a choice. Never raises and takes time linear in the lengths.
+    gold: the reference; if it is empty or unreadable ("N/A", "?") nothing matches it, and if it is
+    one capital letter it is a choice. Never raises; the time is linear in the lengths.
 
-    >>> answers_match(r"\frac{1}{2}", "0.5"), answers_match("3 4", "12"), answers_match("B. 12 cm", "B")
-    (True, False, True)
+    >>> [answers_match(*pair) for pair in ((r"\frac{1}{2}", "0.5"), ("3 4", "12"), ("B. 12 cm", "B"))]
+    [True, False, True]
     """
     prediction, gold = _clean(prediction), _clean(gold)
     if gold.lower() in _UNREADABLE or not re.search(r"\w|[∅∞°∠√]", gold):
@@ -424,10 +341,7 @@ def answers_match(prediction: str, gold: str) -> bool:
         return _choice(prediction) == _choice(gold)
     return _same(prediction, gold)
 
-
 # ----------------------------------------------------------------------------------------- rewards
-
-
 def accuracy_reward(response: str, gold: str) -> float:
     """1.0 if the final answer of the response matches the gold, else 0.0 (method, section 3).
 
@@ -437,12 +351,11 @@ def accuracy_reward(response: str, gold: str) -> float:
     answer = extract_answer(response)
     return float(answer is not None and answers_match(answer, gold))
 
-
 def format_reward(response: str, observe: bool = True) -> float:
-    """0.5 if the blocks stand as the prompt asks, else 0.0 (method, section 2). Linear in the length.
+    """0.5 if the blocks stand as the prompt asks, else 0.0 (method, section 2). Linear time.
 
     observe, think, answer in this order with only white space between, or observe inside think; each
-    tag once, no block blank. observe=False asks for think and answer alone. Text around is tolerated.
+    tag once, no block blank; text around the whole is tolerated. observe=False: think and answer.
 
     >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
     0.5
@@ -469,25 +382,24 @@ def format_reward(response: str, observe: bool = True) -> float:
             return 0.0
     return 0.5
 
-
 def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100,
                   bonus: float = 0.2) -> list[float]:
     """The bonus to the shortest correct response of a group, if it is longer than min_length.
 
-    lengths: tokens with the stop token. If the shortest correct one is not long enough nobody gets it;
-    ties go to the first (method, section 3). ValueError if the two sequences do not fit.
+    lengths: tokens with the stop token; ties go to the first, and if the shortest correct response is
+    not long enough nobody gets it (method, section 3). ValueError if the sequences do not fit.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]
     """
     if not correct or len(correct) != len(lengths) or min(lengths) < 0:
-        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} responses, {lengths}")
+        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} of {lengths}")
     rewards = [0.0] * len(correct)
-    shortest = min((i for i, right in enumerate(correct) if right), key=lengths.__getitem__, default=None)
+    right = [i for i, is_correct in enumerate(correct) if is_correct]
+    shortest = min(right, key=lambda i: lengths[i], default=None)
     if shortest is not None and lengths[shortest] > min_length:
         rewards[shortest] = bonus
     return rewards
-
 
 def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
     """w(d) = 4 sigma d (1 - d) for the share d of correct responses (method, section 4).
