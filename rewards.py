@@ -51,19 +51,18 @@ def extract_answer(response: str) -> str | None:
 _SYMBOLS = {  # LaTeX and Unicode spellings of one thing
     **{"\\" + name: "" for name in "left right displaystyle quad qquad ! $ ( ) [ ]".split()},
     **{"\\" + mark: " " for mark in ",;: "}, **{f"\\{c}frac": r"\frac" for c in "dtc"},
-    **{"\\" + name: symbol for pair in (
-        "cdot * times * ast * div / leqslant ≤ geqslant ≥ leq ≤ geq ≥ le ≤ ge ≥ neq ≠ ne ≠ lt < gt > pm ± "
-        "infty ∞ emptyset ∅ varnothing ∅ angle ∠ degree ° circ ° { { } } % % Omega Ω mu μ pi π alpha α "
-        "beta β gamma γ theta θ phi φ varphi φ lambda λ",)
-       for name, symbol in zip(pair.split()[::2], pair.split()[1::2])},
+    **{"\\" + pair[:-1]: pair[-1] for pair in (
+        "cdot* times* ast* div/ leqslant≤ geqslant≥ leq≤ geq≥ le≤ ge≥ neq≠ ne≠ lt< gt> pm± infty∞ "
+        "emptyset∅ varnothing∅ angle∠ degree° circ° {{ }} %% OmegaΩ muμ piπ alphaα betaβ gammaγ "
+        "thetaθ phiφ varphiφ lambdaλ").split()},
     **dict(pair.split(" ") for pair in "− -|– -|— -|× *|· *|⋅ *|÷ /|√ \\sqrt|∘ °|º °|µ μ|<= ≤|>= ≥|"
            "!= ≠|： :|， ,|⁄ /".split("|")), "~": " ", "$": "",
 }
-_SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (key[0] == "\\" and key[-1].isalpha())
+_SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (len(key) > 1 and key[-1].isalpha())
                               for key in sorted(_SYMBOLS, key=len, reverse=True)))
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?(?:answer|option|"
-                   r"choice)(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
+_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?"
+                   r"(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:[, ][0-9]{3})+)(?![0-9,])")
 
 def _clean(answer: str) -> str:
@@ -99,6 +98,8 @@ _FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log,
               "abs": abs, "sqrt": None, "frac": None}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv}
+_FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError,
+             MemoryError)
 _MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
                     r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
 _TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
@@ -106,7 +107,7 @@ _TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?�
                     + r")(?![a-z])|([^\W\d_](?:_\w)?|∞)|([-+*/^()\[\]°]))")
 
 def _parse(text: str) -> ast.expr:
-    """Python's syntax tree of LaTeX or plain arithmetic. ValueError or SyntaxError if it is neither."""
+    """Python's syntax tree of LaTeX or plain arithmetic; ValueError or SyntaxError if neither."""
     text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
     text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"_\{(\w)\}", r"_\1", text))
     text = re.sub(r"\|([^|]+)\|", r" abs(\1)", text).replace("{", "(").replace("}", ")")
@@ -132,7 +133,7 @@ def _parse(text: str) -> ast.expr:
     return ast.parse("".join(source).strip(), mode="eval").body
 
 def _compute(node: ast.expr, point: int, degree: float = 1):
-    """Value of a syntax tree at a fixed point, a Fraction if it can be. ArithmeticError, ValueError."""
+    """Value of a syntax tree at a fixed point, a Fraction if it can be; may raise _FAILURES."""
     if isinstance(node, ast.Constant):
         return Fraction(repr(node.value))
     if isinstance(node, ast.Name):
@@ -160,8 +161,8 @@ def _compute(node: ast.expr, point: int, degree: float = 1):
         raise ValueError("not an expression")
     a, b = _compute(node.left, point, degree), _compute(node.right, point, degree)
     if isinstance(node.op, ast.Pow):
-        size = a.numerator.bit_length() + a.denominator.bit_length() if isinstance(a, Fraction) else 1
-        if abs(b) > 1000 or size * abs(b) > 20000:
+        bits = len(str(a)) * 4 if isinstance(a, Fraction) else 1
+        if abs(b) > 1000 or bits * abs(b) > 20000:
             raise ValueError("too large")
         return a ** b
     return _OPERATORS[type(node.op)](a, b)
@@ -173,14 +174,14 @@ def _evaluate(text: str, point: int = 0):
     try:
         value = _compute(_parse(text), point)
         return None if isinstance(value, complex) or math.isnan(value) else value
-    except (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError, MemoryError):
+    except _FAILURES:
         return None
 
 # ------------------------------------------------------------------------------------- comparison
-_UNITS = dict(zip(*[iter(
-    "percent % degree ° deg ° centimeter cm centimetre cm millimeter mm meter m metre m kilometer km "
-    "kilometre km gram g kilogram kg liter l litre l second s sec s minute min hour h hr h inch in "
-    "feet ft foot ft dollar $".split())] * 2))
+_UNITS = dict(pair.split(":") for pair in (
+    "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
+    "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h hr:h inch:in "
+    "feet:ft foot:ft dollar:$").split())
 _UNIT = re.compile(
     r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
     r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
@@ -237,42 +238,39 @@ def _items(text: str) -> tuple[str, list[str], str] | None:
     """(opening, items, closing) of a list, '' and '' if it is bare; None if it is no list."""
     if text.count("±") == 1:
         return "{", [text.replace("±", "+").lstrip("+ "), text.replace("±", "-")], "}"
-    depth, items, start, closed = 0, [], 0, -1
-    for place, c in enumerate(text):
+    depth, items, start = 0, [], 0
+    whole = text[:1] in ("(", "[", "{")
+    inner = text if whole else "(" + re.sub(r",? (?:and|or) ", ",", text) + ")"
+    for place, c in enumerate(inner):
         depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and c in ")]}" and closed < 0:
-            closed = place
-    whole = text[:1] in ("(", "[", "{") and closed == len(text) - 1
-    inner = text[1:-1] if whole else re.sub(r",? (?:and|or) ", ",", text)
-    for place, c in enumerate(inner + ","):
-        depth += (c in "([{") - (c in ")]}")
-        if c in ",;" and depth == 0:
-            items.append(inner[start:place].strip())
-            start = place + 1
-    if len(items) < 2 and not (whole and text[0] == "{"):
+        if c in ",;" and depth == 1 or depth == 0:
+            items.append(inner[start + 1:place].strip())
+            start = place
+        if depth == 0 and place < len(inner) - 1:  # (1)(2): not one bracket around it all
+            return None
+    if depth or len(items) < 2 and inner[0] != "{":
         return None
-    return (text[0], items, text[-1]) if whole else ("", items, "")
+    return (inner[0], items, inner[-1]) if whole else ("", items, "")
 
 def _same_list(a, b) -> bool:
     (open_a, a, close_a), (open_b, b, close_b) = a, b
-    if open_a and open_b and (open_a + close_a != open_b + close_b) or len(a) != len(b):
+    if len(a) != len(b) or len(a) > 20 or open_a and open_b and open_a + close_a != open_b + close_b:
         return False
     if open_a in ("(", "[") or open_b in ("(", "["):
         return all(map(_same, a, b))
-    rest = list(b)  # sets and bare lists, in any order
-    for item in a[:20]:
-        found = next((other for other in rest if _same(item, other)), None)
+    for item in a:  # sets and bare lists, in any order
+        found = next((other for other in b if _same(item, other)), None)
         if found is None:
             return False
-        rest.remove(found)
-    return len(a) <= 20
+        b.remove(found)
+    return True
 
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 
 def _solved(text: str) -> tuple[str, str]:
     """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
     sides = [side.strip() for side in text.split("=")]
-    names = [bool(re.fullmatch(r"(?:[^\W\d]|[(){} ,'∠\\]|_\{?\d\}?){1,30}", side)) for side in sides]
+    names = [bool(re.fullmatch(r"(?:[^\W\d]|[(){} ,'∠\\]|_\{?\d\}?){1,30}", s)) for s in sides]
     if len(sides) == 2 and names[0] != names[1]:
         return tuple(sides if names[0] else sides[::-1])
     values = [_evaluate(_quantity(side)[0]) for side in sides[names[0]:]]
@@ -331,8 +329,8 @@ def answers_match(prediction: str, gold: str) -> bool:
     gold: the reference; if it is empty or unreadable ("N/A", "?") nothing matches it, and if it is
     one capital letter it is a choice. Never raises; the time is linear in the lengths.
 
-    >>> [answers_match(*pair) for pair in ((r"\frac{1}{2}", "0.5"), ("3 4", "12"), ("B. 12 cm", "B"))]
-    [True, False, True]
+    >>> answers_match(r"\frac{1}{2}", "0.5"), answers_match("3 4", "12"), answers_match("B. 5", "B")
+    (True, False, True)
     """
     prediction, gold = _clean(prediction), _clean(gold)
     if gold.lower() in _UNREADABLE or not re.search(r"\w|[∅∞°∠√]", gold):
@@ -354,13 +352,13 @@ def accuracy_reward(response: str, gold: str) -> float:
 def format_reward(response: str, observe: bool = True) -> float:
     """0.5 if the blocks stand as the prompt asks, else 0.0 (method, section 2). Linear time.
 
-    observe, think, answer in this order with only white space between, or observe inside think; each
-    tag once, no block blank; text around the whole is tolerated. observe=False: think and answer.
+    observe, think, answer in this order with only white space between, or observe inside think;
+    each tag once, no block blank; text around is tolerated. observe=False: think and answer alone.
 
     >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
     0.5
-    >>> format_reward("<think>b</think><answer>c</answer>"), format_reward("<answer>c</answer>", False)
-    (0.0, 0.0)
+    >>> format_reward("<think>b</think><answer>c</answer>")
+    0.0
     """
     names = ("observe", "think", "answer") if observe else ("think", "answer")
     if any(response.count(f"<{slash}{name}>") != 1 for name in names for slash in ("", "/")):
@@ -386,7 +384,7 @@ def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: i
                   bonus: float = 0.2) -> list[float]:
     """The bonus to the shortest correct response of a group, if it is longer than min_length.
 
-    lengths: tokens with the stop token; ties go to the first, and if the shortest correct response is
+    lengths: tokens with the stop token. Ties go to the first; if the shortest correct response is
     not long enough nobody gets it (method, section 3). ValueError if the sequences do not fit.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
