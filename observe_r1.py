@@ -1,8 +1,9 @@
 """Observe-R1 (arXiv 2505.12432) in one file: teach a vision-language model to look, reason, answer.
 
-    python observe_r1.py                 # trains the toy: real digits, no network, no GPU, minutes
-    python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data problems.parquet
-    python observe_r1.py train --help    # every option in a line
+    python observe_r1.py      # trains the toy: real digits, no network, no GPU, minutes
+    python observe_r1.py ladder --model Qwen/Qwen2.5-VL-3B-Instruct --data raw.parquet
+    python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
+    python observe_r1.py eval --model runs/3b/final --data AI4Math/MathVista --split testmini
 
 It reads in the order of a run. Where the paper and its released code part ways:
 1. KL is part of the loss, so that a group of weight zero moves nothing.
@@ -36,7 +37,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from report import rollout_row, write_report
-from rewards import accuracy_reward, bonus_rewards, dynamic_weight, format_reward
+from rewards import (
+    accuracy_reward, answers_match, bonus_rewards, dynamic_weight, extract_answer, format_reward)
 
 @dataclass
 class Config:
@@ -74,8 +76,12 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations, save memory")
     freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
     eval_steps: int = HfArg(default=0, help="measure held-out accuracy every so many steps")
-    num_samples: int = HfArg(default=1, help="responses sampled a problem when evaluating")
+    num_samples: int = HfArg(default=0, help="responses sampled a problem in eval; 0: one, greedy")
     save_steps: int = HfArg(default=0, help="also save the model every so many steps")
+    clean_model: str = HfArg(default="", help="ladder: model that must fail without reasoning")
+    drop_easy: bool = HfArg(default=True, help="ladder: drop short problems that are always solved")
+    drop_hardest: bool = HfArg(default=False, help="ladder: drop problems that are never solved")
+    review: str = HfArg(default="", help="ladder: review.parquet with a person's marks in `keep`")
 
 # ---------------------------------------------------------------------------------------- problems
 # A problem is a picture (or several, or none), a question and a short answer. Data sets disagree on
@@ -87,6 +93,7 @@ COLUMNS = {
     "question": ("question", "problem", "query", "prompt", "message", "messages"),
     "answer": ("answer", "solution", "ground_truth", "gold", "label"),
     "options": ("options", "choices", "option"),
+    "category": ("category", "subject", "subfield", "knowledge concept"),
 }
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PROMPTS = {
@@ -117,7 +124,8 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
         if names[ours] is None:
             raise ValueError(f"{source}: no column {COLUMNS[ours]}, only {raw.column_names}")
     scores = {"difficulty", "complexity", "stage"} & set(raw.column_names)
-    features = {name: datasets.Value("string") for name in ("id", "question", "answer", "error")}
+    texts = ("id", "question", "answer", "category", "error")
+    features = {name: datasets.Value("string") for name in texts}
     features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
     for name, feature in raw.features.items():  # pictures stay bytes or a path until looked at
         if isinstance(feature, datasets.Image):
@@ -139,7 +147,8 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
 def _read_row(row: dict, index: int, names: dict, folder: Path, processor, config) -> dict:
     """One row in our columns; what is wrong goes into `error`, so that all rows are read."""
     value = {ours: row[name] if name else None for ours, name in names.items()}
-    out = {"id": str(index if value["id"] is None else value["id"]), "images": [], "error": ""}
+    out = {"id": str(index if value["id"] is None else value["id"]), "images": [], "error": "",
+           "category": str(value["category"] or "")}
     try:
         question, pictures = _read_message(value["question"])
         if names["images"] == "image_1":  # one column for each picture
@@ -178,7 +187,11 @@ def _read_message(question) -> tuple[str, list]:
 def _add_options(question: str, answer, options) -> tuple[str, str]:
     """Append lettered options to the question; a gold that quotes one becomes its letter."""
     answer = "" if answer is None else str(answer).strip()
-    options = json.loads(options) if isinstance(options, str) else options
+    if isinstance(options, str) and options.startswith("["):  # ["x", "y"] or MMMU's ['x', 'y']
+        quoted = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", options)
+        options = [single or double for single, double in quoted]
+    elif isinstance(options, str):  # We-Math's "A. x; B. y"
+        options = re.split(r"(?:^|;)\s*[A-Z][.)]\s*", options)[1:]
     if not options:
         return question, answer
     texts = [str(o).strip() for o in (options.values() if isinstance(options, dict) else options)]
@@ -252,6 +265,13 @@ def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[
                        for k in range(start, end)]
     placed.sort()
     return [problem for _, _, problem in placed], [stage for stage, _, _ in placed]
+
+def select_problems(difficulty, complexity, drop_easy=True, drop_hardest=False) -> list[int]:
+    """Row numbers that stay: of difficulty 0 only the longer half (complexity)."""
+    easy = [c for d, c in zip(difficulty, complexity) if d == 0]
+    floor = float(np.median(easy)) if easy and drop_easy else -np.inf
+    return [i for i, (d, c) in enumerate(zip(difficulty, complexity))
+            if (d > 0 or c >= floor) and (d < 1 or not drop_hardest)]
 
 def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
     """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
@@ -588,27 +608,35 @@ def prepare(config: Config) -> SimpleNamespace:
         model=model, reference=reference, processor=processor, optimizer=optimizer, steps=steps,
         scheduler=scheduler, problems=problems, held_out=held_out, step=0, optimizer_step=0)
 
-def respond(model, processor, problems, config: Config, rollout=rollout):
-    """Yield, for each problem, a row of its responses and what they scored: lists of G values."""
-    for rows in torch.arange(len(problems)).split(config.prompts_per_step):
-        batch = list(problems.select(rows.tolist()))
-        rollouts = rollout(model, processor, batch, config)
-        scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
-        for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
-            numbers = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
-            yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **numbers}
+def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
+    """Yield, for each problem, a row of its responses and what they scored: lists of G values.
 
-def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
-    """Held-out accuracy, format, length: means of --num_samples responses, always of one seed."""
-    if not state.held_out:
-        return {}
-    size = max(1, config.prompts_per_step * config.num_generations // config.num_samples)
-    sampling = replace(config, num_generations=config.num_samples, prompts_per_step=size)
+    Every batch has a seed of its own, so the rows from `start` on are those of an undisturbed run.
+    """
     with torch.random.fork_rng():  # training goes on with the random numbers it would have had
-        torch.manual_seed(config.seed)
-        rows = list(respond(state.model, state.processor, state.held_out, sampling, rollout))
+        for rows in torch.arange(start, len(problems)).split(config.prompts_per_step):
+            torch.manual_seed(config.seed + int(rows[0]))
+            batch = list(problems.select(rows.tolist()))
+            rollouts = rollout(model, processor, batch, config)
+            scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
+            for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
+                row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
+                yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **row}
+
+def mean_scores(rows: list[dict]) -> dict[str, float]:
+    """Mean accuracy, format and length of rows of `respond`."""
     return {name: float(np.mean([row[name] for row in rows]))
             for name in ("accuracy", "format", "length")}
+
+def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
+    """mean_scores of the held-out problems, with --num_samples sampled responses each, one seed."""
+    if not state.held_out:
+        return {}
+    samples = max(1, config.num_samples)
+    size = max(1, config.prompts_per_step * config.num_generations // samples)
+    sampling = replace(config, num_generations=samples, prompts_per_step=size)
+    rows = respond(state.model, state.processor, state.held_out, sampling, rollout)
+    return mean_scores(list(rows))
 
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
@@ -635,8 +663,106 @@ def save_model(state, folder: Path) -> None:
     state.model.save_pretrained(folder)
     state.processor.save_pretrained(folder)
 
+# ------------------------------------------------------------------------------ ladder and eval
+def recorded(file: Path, model, processor, problems, config: Config) -> list[dict]:
+    """Rows of `respond`, written as they come; a killed run goes on after its last whole batch."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    size, whole = config.prompts_per_step, sum(line.endswith("\n") for line in lines)
+    done = whole if whole == len(problems) else whole // size * size
+    rows = [json.loads(line) for line in lines[:done]]
+    with open(file, "w") as output:
+        output.writelines(lines[:done])
+        fresh = respond(model, processor, problems, config, start=done)
+        for row in tqdm(fresh, file.stem, len(problems), initial=done, unit="problem"):
+            output.write(json.dumps(row) + "\n")
+            output.flush()
+            rows.append(row)
+    return rows
+
+def ladder(config: Config) -> dict:
+    """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json.
+
+    Writes ladder.parquet (in order), review.parquet (never solved: the gold may be wrong) and, as
+    they come, clean.jsonl and scores.jsonl, from which a run that was killed goes on.
+    """
+    started, output = time.time(), Path(config.output_dir)
+    options = json.dumps(asdict(replace(config, drop_easy=True, drop_hardest=False, review="")))
+    if (output / "config.json").exists() and (output / "config.json").read_text() != options:
+        raise ValueError(f"{output} holds scores of other options; choose another --output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(options)
+    processor = transformers.AutoProcessor.from_pretrained(config.model)
+    raw = load_problems(config.data, config.split, processor, config)
+    checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
+    blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
+                    system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop
+    rows = recorded(output / "clean.jsonl", load_model(blind), processor, checkable, blind)
+    problems = checkable.select([i for i, row in enumerate(rows) if row["accuracy"] == [0.0]])
+    rows = recorded(output / "scores.jsonl", load_model(config), processor, problems, config)
+    difficulty = [1 - float(np.mean(row["accuracy"])) for row in rows]
+    complexity = [float(np.mean(row["length"])) for row in rows]
+    write_review(output / "review.parquet", problems, rows, difficulty)
+    kept = select_problems(difficulty, complexity, config.drop_easy, config.drop_hardest)
+    if config.review:
+        marks = datasets.Dataset.from_parquet(config.review).select_columns(["id", "keep"])
+        refused = {row["id"] for row in marks if not row["keep"]}
+        kept = [i for i in kept if rows[i]["id"] not in refused]
+    difficulty, complexity = ([values[i] for i in kept] for values in (difficulty, complexity))
+    order, stage = mix_ladder(difficulty, complexity, config.seed)
+    columns = {"difficulty": [difficulty[i] for i in order],
+               "complexity": [complexity[i] for i in order], "stage": stage}
+    mixed = problems.select([kept[i] for i in order])
+    for name, values in columns.items():
+        mixed = mixed.add_column(name, values)
+    mixed.to_parquet(output / "ladder.parquet")
+    levels = [[c for c, d in zip(complexity, difficulty) if round(8 * d) == l] for l in range(9)]
+    edges = np.unique(np.quantile(complexity or [0], np.linspace(0, 1, 6)))
+    print("difficulty  problems by length up to " + " ".join(f"{e:.0f}" for e in edges[1:]))
+    for l, lengths in enumerate(levels):
+        print(f"{l / 8:10.3f}  " + " ".join(f"{n:5}" for n in np.histogram(lengths, edges)[0]))
+    summary = {"raw": len(raw), "uncheckable": len(raw) - len(checkable),
+               "solved_without_reasoning": len(checkable) - len(problems),
+               "not_selected": len(problems) - len(kept), "ladder": len(kept),
+               "levels": list(map(len, levels)), "stages": np.bincount(stage, minlength=9).tolist(),
+               "seconds": round(time.time() - started, 1)}
+    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary))
+    return summary
+
+def write_review(file: Path, problems, rows: list[dict], difficulty: list[float]) -> None:
+    """The problems that were never solved, with the commonest answer and a `keep` mark to edit."""
+    hardest = [i for i, d in enumerate(difficulty) if d == 1]
+    answers = [[extract_answer(text) or "" for text in rows[i]["responses"]] for i in hardest]
+    if not file.exists():  # a file that is there may hold a person's marks
+        problems.select(hardest).add_column("most_common", [max(a, key=a.count) for a in answers]) \
+            .add_column("keep", [True] * len(hardest)).to_parquet(file)
+
+def evaluate_model(config: Config) -> dict:
+    """`eval`: accuracy and its 95 % interval over problems, into eval.json and responses.jsonl."""
+    started, output = time.time(), Path(config.output_dir)
+    processor = transformers.AutoProcessor.from_pretrained(config.model)
+    problems = load_problems(config.data, config.split, processor, config)
+    greedy = {} if config.num_samples else {"temperature": 0.0}
+    sampling = replace(config, num_generations=max(1, config.num_samples), **greedy)
+    model = load_model(config)
+    rows = list(tqdm(respond(model, processor, problems, sampling), "eval", len(problems)))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = mean_scores(rows)
+    accuracy = np.array([np.mean(row["accuracy"]) for row in rows])  # of each problem
+    half = 1.96 * accuracy.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
+    category = np.array(problems["category"])
+    result = {"accuracy": scores["accuracy"], "format": scores["format"], "n": len(rows),
+              "interval": [scores["accuracy"] - half, scores["accuracy"] + half],
+              "response_length": scores["length"], "seconds": round(time.time() - started, 1),
+              "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
+                             for name in sorted(set(category) - {""})}}
+    (output / "eval.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    return result
+
 # ------------------------------------------------------------------------------------ command line
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "ladder": ladder, "eval": evaluate_model}
 TOY = Path(__file__).resolve().parent / "toy" / "config.json"
 
 def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
