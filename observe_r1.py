@@ -5,16 +5,15 @@
     python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
     python observe_r1.py eval --model runs/3b/final --data AI4Math/MathVista --split testmini
 
-It reads in the order of a run. Where the paper and its released code part ways:
-1. KL is part of the loss, so that a group of weight zero moves nothing.
-2. The loss is a mean over a response's tokens, then over responses, however memory splits them.
-3. Mini-batches are whole groups: a prompt and its picture are encoded once for G responses.
-4. Nothing is cut or dropped: a prompt that is too long is refused by name before training.
-5. Accuracy is kept apart from the other rewards: weight and bonus depend on it alone.
+It reads in the order of a run. Unlike the paper's released code: KL is part of the loss, so that a
+group of weight zero moves nothing; the loss is a mean over a response's tokens, then responses,
+however memory splits them; mini-batches are whole groups, so that a prompt and its picture are
+encoded once; no prompt is cut and no problem dropped; accuracy is kept apart from other rewards.
 Shapes: B prompts, G responses each, P prompt tokens, T response tokens, N responses (or tokens) in
 a flat list, H hidden size, V vocabulary.
 """
 import json
+import os
 import random
 import re
 import sys
@@ -189,7 +188,7 @@ def _add_options(question: str, answer, options) -> tuple[str, str]:
     answer = "" if answer is None else str(answer).strip()
     if isinstance(options, str) and options.startswith("["):  # ["x", "y"] or MMMU's ['x', 'y']
         quoted = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", options)
-        options = [single or double for single, double in quoted]
+        options = [re.sub(r"\\(.)", r"\1", single or double) for single, double in quoted]
     elif isinstance(options, str):  # We-Math's "A. x; B. y"
         options = re.split(r"(?:^|;)\s*[A-Z][.)]\s*", options)[1:]
     if not options:
@@ -572,13 +571,25 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         config.model, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-def prepare(config: Config) -> SimpleNamespace:
-    """Load everything, refuse bad input before the first step, and say what is going to happen."""
+def start(config: Config) -> tuple:
+    """(output folder, processor, problems) of a run; refuses bad input before anything else."""
     if not config.data:
         raise ValueError("--data is missing: hub id, folder, .jsonl, .json, .csv or .parquet file")
     transformers.set_seed(config.seed)
+    if "RANK" in os.environ and not torch.distributed.is_initialized():  # torchrun
+        torch.distributed.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     problems = load_problems(config.data, config.split, processor, config)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    return output, processor, problems
+
+def prepare(config: Config) -> SimpleNamespace:
+    """All that training holds and changes; says what is going to happen."""
+    output, processor, problems = start(config)
     held_out = config.eval_data and load_problems(config.eval_data, "train", processor, config)
     order, size = training_order(problems, config), config.prompts_per_step
     steps = [order[start:start + size] for start in range(0, len(order), size)]
@@ -592,9 +603,6 @@ def prepare(config: Config) -> SimpleNamespace:
     updates = sum(-(-len(step) // config.minibatch_prompts) for step in steps)
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1)
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         (output / name).write_text("")
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
@@ -605,8 +613,8 @@ def prepare(config: Config) -> SimpleNamespace:
           f"{config.order} order: {len(steps)} steps x {size} prompts x {config.num_generations} "
           f"responses, {updates} optimiser steps")
     return SimpleNamespace(
-        model=model, reference=reference, processor=processor, optimizer=optimizer, steps=steps,
-        scheduler=scheduler, problems=problems, held_out=held_out, step=0, optimizer_step=0)
+        model=model, reference=reference, processor=processor, problems=problems, held_out=held_out,
+        optimizer=optimizer, scheduler=scheduler, steps=steps, step=0, optimizer_step=0)
 
 def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
     """Yield, for each problem, a row of its responses and what they scored: lists of G values.
@@ -614,29 +622,28 @@ def respond(model, processor, problems, config: Config, rollout=rollout, start=0
     Every batch has a seed of its own, so the rows from `start` on are those of an undisturbed run.
     """
     with torch.random.fork_rng():  # training goes on with the random numbers it would have had
-        for rows in torch.arange(start, len(problems)).split(config.prompts_per_step):
-            torch.manual_seed(config.seed + int(rows[0]))
-            batch = list(problems.select(rows.tolist()))
+        for first in range(start, len(problems), config.prompts_per_step):
+            torch.manual_seed(config.seed + first)
+            last = min(first + config.prompts_per_step, len(problems))
+            batch = list(problems.select(range(first, last)))
             rollouts = rollout(model, processor, batch, config)
             scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
             for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
                 row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
                 yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **row}
 
-def mean_scores(rows: list[dict]) -> dict[str, float]:
+def mean_scores(rows) -> dict[str, float]:
     """Mean accuracy, format and length of rows of `respond`."""
-    return {name: float(np.mean([row[name] for row in rows]))
-            for name in ("accuracy", "format", "length")}
+    table = [[row["accuracy"], row["format"], row["length"]] for row in rows]
+    return dict(zip(("accuracy", "format", "length"), np.mean(table, axis=(0, 2)).tolist()))
 
 def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
     """mean_scores of the held-out problems, with --num_samples sampled responses each, one seed."""
-    if not state.held_out:
-        return {}
     samples = max(1, config.num_samples)
     size = max(1, config.prompts_per_step * config.num_generations // samples)
     sampling = replace(config, num_generations=samples, prompts_per_step=size)
-    rows = respond(state.model, state.processor, state.held_out, sampling, rollout)
-    return mean_scores(list(rows))
+    rows = respond(state.model, state.processor, state.held_out or [], sampling, rollout)
+    return mean_scores(rows) if state.held_out else {}
 
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
@@ -665,19 +672,26 @@ def save_model(state, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------ ladder and eval
 def recorded(file: Path, model, processor, problems, config: Config) -> list[dict]:
-    """Rows of `respond`, written as they come; a killed run goes on after its last whole batch."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    size, whole = config.prompts_per_step, sum(line.endswith("\n") for line in lines)
-    done = whole if whole == len(problems) else whole // size * size
-    rows = [json.loads(line) for line in lines[:done]]
-    with open(file, "w") as output:
-        output.writelines(lines[:done])
-        fresh = respond(model, processor, problems, config, start=done)
-        for row in tqdm(fresh, file.stem, len(problems), initial=done, unit="problem"):
+    """Rows of `respond`, written as they come; a killed run goes on after its last whole batch.
+
+    Under torchrun each process takes a contiguous share, in a file of its own; all return all rows.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = [file.with_suffix(f".{r}.jsonl" if world > 1 else ".jsonl") for r in range(world)]
+    files[rank].touch()
+    lines, share = files[rank].read_bytes().splitlines(keepends=True), problems.shard(world, rank)
+    whole = sum(line.endswith(b"\n") for line in lines)
+    done = whole if whole == len(share) else whole - whole % config.prompts_per_step
+    os.truncate(files[rank], sum(map(len, lines[:done])))
+    own = replace(config, seed=config.seed + rank * len(problems))
+    with open(files[rank], "a") as output:
+        fresh = respond(model, processor, share, own, start=done)
+        for row in tqdm(fresh, file.stem, len(share), initial=done, unit="problem"):
             output.write(json.dumps(row) + "\n")
             output.flush()
-            rows.append(row)
-    return rows
+    if world > 1:
+        torch.distributed.barrier()
+    return [json.loads(line) for part in files for line in part.read_text().splitlines()]
 
 def ladder(config: Config) -> dict:
     """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json.
@@ -685,20 +699,20 @@ def ladder(config: Config) -> dict:
     Writes ladder.parquet (in order), review.parquet (never solved: the gold may be wrong) and, as
     they come, clean.jsonl and scores.jsonl, from which a run that was killed goes on.
     """
-    started, output = time.time(), Path(config.output_dir)
-    options = json.dumps(asdict(replace(config, drop_easy=True, drop_hardest=False, review="")))
-    if (output / "config.json").exists() and (output / "config.json").read_text() != options:
-        raise ValueError(f"{output} holds scores of other options; choose another --output_dir")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(options)
-    processor = transformers.AutoProcessor.from_pretrained(config.model)
-    raw = load_problems(config.data, config.split, processor, config)
+    before = time.time()
+    file, later = Path(config.output_dir) / "config.json", {"drop_easy", "drop_hardest", "review"}
+    old = json.loads(file.read_text()) if file.exists() else asdict(config)
+    if changed := [f"--{k}" for k, v in asdict(config).items() if k not in later and old[k] != v]:
+        raise ValueError(f"{file.parent} holds scores of other {changed}: use another --output_dir")
+    output, processor, raw = start(config)
     checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
     blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
                     system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop
     rows = recorded(output / "clean.jsonl", load_model(blind), processor, checkable, blind)
     problems = checkable.select([i for i, row in enumerate(rows) if row["accuracy"] == [0.0]])
     rows = recorded(output / "scores.jsonl", load_model(config), processor, problems, config)
+    if int(os.environ.get("RANK", 0)):
+        return {}  # the first process writes the rest
     difficulty = [1 - float(np.mean(row["accuracy"])) for row in rows]
     complexity = [float(np.mean(row["length"])) for row in rows]
     write_review(output / "review.parquet", problems, rows, difficulty)
@@ -709,12 +723,10 @@ def ladder(config: Config) -> dict:
         kept = [i for i in kept if rows[i]["id"] not in refused]
     difficulty, complexity = ([values[i] for i in kept] for values in (difficulty, complexity))
     order, stage = mix_ladder(difficulty, complexity, config.seed)
-    columns = {"difficulty": [difficulty[i] for i in order],
-               "complexity": [complexity[i] for i in order], "stage": stage}
     mixed = problems.select([kept[i] for i in order])
-    for name, values in columns.items():
-        mixed = mixed.add_column(name, values)
-    mixed.to_parquet(output / "ladder.parquet")
+    for name, values in (("difficulty", difficulty), ("complexity", complexity)):
+        mixed = mixed.add_column(name, [values[i] for i in order])
+    mixed.add_column("stage", stage).to_parquet(output / "ladder.parquet")
     levels = [[c for c, d in zip(complexity, difficulty) if round(8 * d) == l] for l in range(9)]
     edges = np.unique(np.quantile(complexity or [0], np.linspace(0, 1, 6)))
     print("difficulty  problems by length up to " + " ".join(f"{e:.0f}" for e in edges[1:]))
@@ -724,7 +736,7 @@ def ladder(config: Config) -> dict:
                "solved_without_reasoning": len(checkable) - len(problems),
                "not_selected": len(problems) - len(kept), "ladder": len(kept),
                "levels": list(map(len, levels)), "stages": np.bincount(stage, minlength=9).tolist(),
-               "seconds": round(time.time() - started, 1)}
+               "seconds": round(time.time() - before, 1)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
     return summary
@@ -739,14 +751,11 @@ def write_review(file: Path, problems, rows: list[dict], difficulty: list[float]
 
 def evaluate_model(config: Config) -> dict:
     """`eval`: accuracy and its 95 % interval over problems, into eval.json and responses.jsonl."""
-    started, output = time.time(), Path(config.output_dir)
-    processor = transformers.AutoProcessor.from_pretrained(config.model)
-    problems = load_problems(config.data, config.split, processor, config)
+    before, (output, processor, problems) = time.time(), start(config)
     greedy = {} if config.num_samples else {"temperature": 0.0}
     sampling = replace(config, num_generations=max(1, config.num_samples), **greedy)
     model = load_model(config)
     rows = list(tqdm(respond(model, processor, problems, sampling), "eval", len(problems)))
-    output.mkdir(parents=True, exist_ok=True)
     (output / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = mean_scores(rows)
     accuracy = np.array([np.mean(row["accuracy"]) for row in rows])  # of each problem
@@ -754,7 +763,7 @@ def evaluate_model(config: Config) -> dict:
     category = np.array(problems["category"])
     result = {"accuracy": scores["accuracy"], "format": scores["format"], "n": len(rows),
               "interval": [scores["accuracy"] - half, scores["accuracy"] + half],
-              "response_length": scores["length"], "seconds": round(time.time() - started, 1),
+              "response_length": scores["length"], "seconds": round(time.time() - before, 1),
               "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
                              for name in sorted(set(category) - {""})}}
     (output / "eval.json").write_text(json.dumps(result, indent=1))

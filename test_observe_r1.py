@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,15 +16,17 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from datasets import Dataset, Image as Image_, load_dataset
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import observe_r1
 from observe_r1 import (
     PROMPTS, STAGES, Config, Rollouts, encode_prompts, group_advantages, grpo_loss, load_problems,
-    mix_ladder, parse_arguments, response_log_probs, rollout, score_rollouts, slice_prompts,
-    token_log_probs, training_order, update, vision_tokens,
+    mix_ladder, parse_arguments, response_log_probs, rollout, score_rollouts, select_problems,
+    slice_prompts, token_log_probs, training_order, update, vision_tokens,
 )
+from rewards import accuracy_reward, extract_answer
 
 HERE = Path(__file__).parent
 TOY = HERE / "toy"
@@ -665,3 +668,180 @@ def test_errors_are_one_line(tmp_path):
     result = run_script("train", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
         "observe_r1: --data is missing")
+
+
+# -------------------------------------------------------------------------------- ladder and eval
+
+
+def test_select_problems():
+    difficulty, complexity = [0, 0, 0, 0.5, 1, 1], [2.0, 23.0, 56.0, 1.0, 9.0, 1.0]
+    assert select_problems(difficulty, complexity) == [1, 2, 3, 4, 5]  # the shortest solved one goes
+    assert select_problems(difficulty, complexity, drop_easy=False) == [0, 1, 2, 3, 4, 5]
+    assert select_problems(difficulty, complexity, drop_hardest=True) == [1, 2, 3]
+    assert select_problems([], []) == []
+
+
+@pytest.fixture
+def few(tmp_path):
+    """24 raw toy problems, one of them with a gold that no rule can check."""
+    rows = load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
+    rows = rows.remove_columns(["difficulty", "complexity", "stage", "category"])
+    rows = rows.map(lambda row, i: {"answer": "N/A" if i == 3 else row["answer"]}, with_indices=True)
+    rows.to_parquet(tmp_path / "raw.parquet")
+    return str(tmp_path / "raw.parquet")
+
+
+def ladder_config(data, output, **options):
+    base = parse_arguments(["train", "--config", str(TOY / "config.json")])[1]
+    return replace(base, data=data, output_dir=str(output), prompts_per_step=4, **options)
+
+
+def test_ladder(few, tmp_path):
+    summary = observe_r1.ladder(ladder_config(few, tmp_path / "a"))
+    assert summary["raw"] == 24 and summary["uncheckable"] == 1
+    assert summary["ladder"] == sum(summary["levels"]) == sum(summary["stages"])
+    assert 24 == sum(summary[name] for name in (
+        "uncheckable", "solved_without_reasoning", "not_selected", "ladder"))
+    built = load_problems(str(tmp_path / "a" / "ladder.parquet"))
+    assert len(built) == summary["ladder"] == len(set(built["id"])) and built[0]["images"][0].height == 28
+    assert list(built["stage"]) == sorted(built["stage"])
+    scores = {row["id"]: row for row in map(json.loads, open(tmp_path / "a" / "scores.jsonl"))}
+    for row in built:  # difficulty and complexity are those of the recorded responses
+        scored = scores[row["id"]]
+        right = [accuracy_reward(text, row["answer"]) for text in scored["responses"]]
+        assert row["difficulty"] == 1 - sum(right) / 8 and len(right) == 8
+        assert row["complexity"] == sum(scored["length"]) / 8
+    review = load_dataset("parquet", data_files=str(tmp_path / "a" / "review.parquet"), split="train")
+    assert set(review["id"]) == {key for key, row in scores.items() if not any(row["accuracy"])}
+    assert len(review) > 1 and all(review["keep"])
+    for row in review:
+        answers = [extract_answer(text) or "" for text in scores[row["id"]]["responses"]]
+        assert answers.count(row["most_common"]) == max(map(answers.count, answers))
+
+    marked = review.map(lambda row, i: {"keep": i > 0}, with_indices=True)
+    marked.to_parquet(tmp_path / "marks.parquet")
+    fewer = observe_r1.ladder(ladder_config(few, tmp_path / "a", review=str(tmp_path / "marks.parquet")))
+    assert fewer["ladder"] == summary["ladder"] - 1  # from the scores that were there
+    gone = observe_r1.ladder(ladder_config(few, tmp_path / "a", drop_hardest=True))
+    assert gone["ladder"] == summary["ladder"] - len(review)
+    with pytest.raises(ValueError, match="--seed"):
+        observe_r1.ladder(ladder_config(few, tmp_path / "a", seed=7))
+
+
+def test_a_killed_ladder_ends_in_the_same_file(few, tmp_path, monkeypatch):
+    observe_r1.ladder(ladder_config(few, tmp_path / "a"))
+    scored, calls = observe_r1.score_rollouts, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return scored(*arguments)
+
+    monkeypatch.setattr(observe_r1, "score_rollouts", fail)
+    with pytest.raises(KeyboardInterrupt):
+        observe_r1.ladder(ladder_config(few, tmp_path / "b"))
+    before = (tmp_path / "b" / "scores.jsonl").read_text()
+    assert before
+    with open(tmp_path / "b" / "scores.jsonl", "a") as file:
+        file.write('{"id": "half a li')
+    observe_r1.ladder(ladder_config(few, tmp_path / "b"))
+    for name in ("clean.jsonl", "scores.jsonl", "ladder.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_ladder_under_torchrun(few, tmp_path):
+    """Two processes score a share each; together they score every problem once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+               "29517", str(HERE / "observe_r1.py"), "ladder", "--config", str(TOY / "config.json"),
+               "--data", few, "--output_dir", "two", "--prompts_per_step", "4", "--eval_data", ""]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment,
+                            timeout=170)
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    rows = [json.loads(line) for rank in range(2) for line in open(tmp_path / f"two/scores.{rank}.jsonl")]
+    raw = load_problems(few)
+    assert len(rows) == summary["raw"] - summary["uncheckable"] - summary["solved_without_reasoning"]
+    assert [row["id"] for row in rows] == [i for i in raw["id"] if i in {row["id"] for row in rows}]
+    built = load_problems(str(tmp_path / "two" / "ladder.parquet"))
+    assert len(built) == summary["ladder"] and len({row["responses"][0] for row in rows}) > 3
+
+
+def test_eval(few, tmp_path, monkeypatch):
+    config = ladder_config(few, tmp_path / "e", num_samples=0)
+    greedy = observe_r1.evaluate_model(config)
+    assert greedy == {**json.loads((tmp_path / "e" / "eval.json").read_text())}
+    rows = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
+    assert len(rows) == greedy["n"] == 24 and all(len(row["responses"]) == 1 for row in rows)
+    sampled = observe_r1.evaluate_model(replace(config, num_samples=4))
+    rows = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
+    scores = [[accuracy_reward(text, row["answer"]) for text in row["responses"]] for row in rows]
+    assert sampled["accuracy"] == pytest.approx(torch.tensor(scores).mean().item())
+    assert sampled["response_length"] == pytest.approx(
+        sum(sum(row["length"]) for row in rows) / 96)
+
+
+def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
+    """Problems are resampled, not responses: samples of one problem are no independent evidence."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(300, generator=generator)
+    scores = torch.bernoulli(share[:, None].expand(-1, 4), generator=generator)
+    rows = [{"accuracy": row.tolist(), "format": row.tolist(), "length": row.tolist()} for row in scores]
+    monkeypatch.setattr(observe_r1, "respond", lambda *_: iter(rows))
+    monkeypatch.setattr(observe_r1, "start", lambda _: (tmp_path, None, {"category": ["x", "y"] * 150}))
+    monkeypatch.setattr(observe_r1, "load_model", lambda _: None)
+    result = observe_r1.evaluate_model(Config(num_samples=4))
+    means = scores.mean(1)
+    drawn = means[torch.randint(300, (4000, 300), generator=generator)].mean(1)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert result["interval"] == pytest.approx([low, high], abs=0.006)
+    assert result["categories"] == {"x": [pytest.approx(means[::2].mean().item()), 150],
+                                    "y": [pytest.approx(means[1::2].mean().item()), 150]}
+
+
+PICTURE = {"bytes": None, "path": "pictures/a.png"}
+BENCHMARKS = {  # one row in the columns of each, and what it must become
+    "MathVista": (
+        {"pid": "1", "question": "How tall?", "image": "images/1.jpg", "decoded_image": PICTURE,
+         "choices": ["10 cm", "12 cm"], "unit": "cm", "precision": 1.0, "answer": "12 cm",
+         "question_type": "multi_choice", "answer_type": "text", "metadata": {"category": "math"},
+         "query": "Hint: Please answer."}, "How tall?\n(A) 10 cm\n(B) 12 cm", "B", ""),
+    "MathVision": (
+        {"id": "4", "question": "Which?\n<image1>", "options": ["A", "B", "C"],
+         "image": "images/4.jpg", "decoded_image": PICTURE, "answer": "C", "solution": None, "level": 2,
+         "subject": "topology"}, "Which?\npicture 1\n(A) A\n(B) B\n(C) C", "C", "topology"),
+    "MathVerse": (
+        {"sample_index": "1", "problem_index": "1", "problem_version": "Text Dominant",
+         "question": "Find x.\nChoices:\nA:1\nB:2", "image": PICTURE, "answer": "A",
+         "question_type": "multi-choice", "metadata": {"source": "G"}, "query_wo": "w",
+         "query_cot": "c"}, "Find x.\nChoices:\nA:1\nB:2", "A", ""),
+    "We-Math": (
+        {"ID": "3steps_1", "split": "testmini", "knowledge concept": "Area", "question": "How large?",
+         "option": "A. 3; B. 12 cm; C. No correct answer", "answer": "B", "image_path": PICTURE,
+         "key": "1", "question number": 1, "knowledge concept description": "d"},
+        "How large?\n(A) 3\n(B) 12 cm\n(C) No correct answer", "B", "Area"),
+    "MMMU": (
+        {"id": "validation_Math_1", "question": "<image 1> Which?", "options": "['it\\'s 5', \"6\"]",
+         "explanation": "", "image_1": PICTURE, "image_2": None, "img_type": "['Plots']", "answer": "A",
+         "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "Calculus"},
+        "picture 1 Which?\n(A) it's 5\n(B) 6", "A", "Calculus"),
+    "MMStar": (
+        {"index": 0, "question": "Which?\nOptions: A: red, B: blue", "image": PICTURE, "answer": "A",
+         "category": "logic", "l2_category": "code", "meta_info": {"source": "M"}},
+        "Which?\nOptions: A: red, B: blue", "A", "logic"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_columns(folder, name):
+    row, question, answer, category = BENCHMARKS[name]
+    features = {key: Image_() for key, value in row.items() if value is PICTURE}
+    embedded = {"bytes": (folder / "pictures/a.png").read_bytes(), "path": None}
+    data = Dataset.from_list([{k: embedded if v is PICTURE else v for k, v in row.items()}])
+    for key, feature in features.items():
+        data = data.cast_column(key, feature)
+    data.to_parquet(folder / "bench.parquet")
+    (problem,) = load_problems(str(folder / "bench.parquet"))
+    assert (problem["question"], problem["answer"]) == (question, answer)
+    assert problem["category"] == category and [i.size for i in problem["images"]] == [(56, 56)]
