@@ -57,9 +57,10 @@ def config():
 def problems():
     """One, three and two digits of different width, a question without and one with two pictures."""
     rows = list(load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
-    first, second = rows[0]["images"][0], rows[1]["images"][0]
+    strip, tall = rows[0]["images"][0], Image.linear_gradient("L").resize((84, 56))
     rows.append({"id": "text", "images": [], "question": "What is 3+4?", "answer": "7"})
-    rows.append({"id": "two", "images": [first, second], "question": "What is the sum?", "answer": "9"})
+    # A picture of several rows takes fewer rope positions than tokens: 6 tokens, 3 positions.
+    rows.append({"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"})
     return rows
 
 
@@ -339,6 +340,7 @@ def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
 @pytest.mark.parametrize("size, budget, grid", [
     ((280, 140), (784, 10 ** 6), [1, 10, 20]),
     ((20, 20), (3136, 10 ** 6), [1, 4, 4]),  # enlarged to the floor of 56 x 56
+    ((560, 560), (784, 10 ** 6), [1, 40, 40]),  # above the processor's own ceiling of 50,176
     ((1120, 1120), (3136, 50176), [1, 16, 16]),  # reduced to the ceiling of 224 x 224
 ])
 def test_one_pixel_budget(processor, size, budget, grid):
