@@ -123,20 +123,19 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
         if names[ours] is None:
             raise ValueError(f"{source}: no column {COLUMNS[ours]}, only {raw.column_names}")
     scores = {"difficulty", "complexity", "stage"} & set(raw.column_names)
-    texts = ("id", "question", "answer", "category", "error")
-    features = {name: datasets.Value("string") for name in texts}
+    features = {name: datasets.Value("string")
+                for name in ("id", "question", "answer", "category", "error")}
     features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
     for name, feature in raw.features.items():  # pictures stay bytes or a path until looked at
         if isinstance(feature, datasets.Image):
             raw = raw.cast_column(name, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             raw = raw.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    problems = raw.map(
-        partial(_read_row, names=names, folder=path.parent if reader else path, processor=processor,
-                config=config),
-        with_indices=True, remove_columns=list(set(raw.column_names) - scores), desc=path.name,
-        features=datasets.Features(features),
-        load_from_cache_file=False)  # a picture mended on disk must be looked at again
+    read = partial(_read_row, names=names, folder=path.parent if reader else path,
+                   processor=processor, config=config)
+    problems = raw.map(  # never from the cache: a picture mended on disk must be looked at again
+        read, with_indices=True, remove_columns=list(set(raw.column_names) - scores),
+        features=datasets.Features(features), load_from_cache_file=False, desc=path.name)
     bad = [error for error in problems["error"] if error]
     if bad:
         raise ValueError(f"{source}: {len(bad)} of {len(problems)} rows cannot be used; mend or "
@@ -186,11 +185,10 @@ def _read_message(question) -> tuple[str, list]:
 def _add_options(question: str, answer, options) -> tuple[str, str]:
     """Append lettered options to the question; a gold that quotes one becomes its letter."""
     answer = "" if answer is None else str(answer).strip()
-    if isinstance(options, str) and options.startswith("["):  # ["x", "y"] or MMMU's ['x', 'y']
+    if isinstance(options, str):  # ["x", "y"], MMMU's ['x', 'y'], We-Math's "A. x; B. y"
         quoted = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", options)
-        options = [re.sub(r"\\(.)", r"\1", single or double) for single, double in quoted]
-    elif isinstance(options, str):  # We-Math's "A. x; B. y"
-        options = re.split(r"(?:^|;)\s*[A-Z][.)]\s*", options)[1:]
+        options = [re.sub(r"\\(.)", r"\1", a or b) for a, b in quoted] if options[:1] == "[" else (
+            re.split(r"(?:^|;)\s*[A-Z][.)]\s*", options)[1:])
     if not options:
         return question, answer
     texts = [str(o).strip() for o in (options.values() if isinstance(options, dict) else options)]
@@ -608,13 +606,17 @@ def prepare(config: Config) -> SimpleNamespace:
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
     memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
     print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained\n"
-          f"{memory:.3g} GB of fp32 weights, gradients and moments; also activations, and up to "
-          f"{config.cache_gb:g} GB of key/value cache\n{len(problems)} problems, {len(order)} in "
-          f"{config.order} order: {len(steps)} steps x {size} prompts x {config.num_generations} "
-          f"responses, {updates} optimiser steps")
+          f"{memory:.3g} GB of weights, gradients and moments; activations come on top\n"
+          f"{len(problems)} problems, {len(order)} in {config.order} order: {len(steps)} steps x "
+          f"{size} prompts x {config.num_generations} responses, {updates} optimiser steps")
     return SimpleNamespace(
         model=model, reference=reference, processor=processor, problems=problems, held_out=held_out,
         optimizer=optimizer, scheduler=scheduler, steps=steps, step=0, optimizer_step=0)
+
+def save_model(state, folder: Path) -> None:
+    """Write a folder that from_pretrained and AutoProcessor load."""
+    state.model.save_pretrained(folder)
+    state.processor.save_pretrained(folder)
 
 def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
     """Yield, for each problem, a row of its responses and what they scored: lists of G values.
@@ -665,16 +667,12 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
         for text, *numbers in list(zip(rollouts.texts[0], scores["reward"][0], advantages[0]))[:3]:
             progress.write("    {!r}  reward {:.1f}  advantage {:+.2f}".format(text, *numbers))
 
-def save_model(state, folder: Path) -> None:
-    """Write a folder that from_pretrained and AutoProcessor load."""
-    state.model.save_pretrained(folder)
-    state.processor.save_pretrained(folder)
-
 # ------------------------------------------------------------------------------ ladder and eval
-def recorded(file: Path, model, processor, problems, config: Config) -> list[dict]:
-    """Rows of `respond`, written as they come; a killed run goes on after its last whole batch.
+def score_problems(model, processor, problems, config: Config, file: Path) -> list[dict]:
+    """Rows of `respond` with difficulty (share wrong) and complexity (mean tokens), kept in a file.
 
-    Under torchrun each process takes a contiguous share, in a file of its own; all return all rows.
+    Rows are written as they come; a killed run goes on after its last whole batch. Under torchrun
+    each process takes a contiguous share, in a file of its own; all return all rows.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     files = [file.with_suffix(f".{r}.jsonl" if world > 1 else ".jsonl") for r in range(world)]
@@ -687,6 +685,8 @@ def recorded(file: Path, model, processor, problems, config: Config) -> list[dic
     with open(files[rank], "a") as output:
         fresh = respond(model, processor, share, own, start=done)
         for row in tqdm(fresh, file.stem, len(share), initial=done, unit="problem"):
+            row |= {"difficulty": 1 - float(np.mean(row["accuracy"])),
+                    "complexity": float(np.mean(row["length"]))}
             output.write(json.dumps(row) + "\n")
             output.flush()
     if world > 1:
@@ -708,24 +708,23 @@ def ladder(config: Config) -> dict:
     checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
     blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
                     system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop
-    rows = recorded(output / "clean.jsonl", load_model(blind), processor, checkable, blind)
-    problems = checkable.select([i for i, row in enumerate(rows) if row["accuracy"] == [0.0]])
-    rows = recorded(output / "scores.jsonl", load_model(config), processor, problems, config)
+    rows = score_problems(load_model(blind), processor, checkable, blind, output / "clean.jsonl")
+    problems = checkable.select([i for i, row in enumerate(rows) if row["difficulty"] == 1])
+    rows = score_problems(load_model(config), processor, problems, config, output / "scores.jsonl")
     if int(os.environ.get("RANK", 0)):
         return {}  # the first process writes the rest
-    difficulty = [1 - float(np.mean(row["accuracy"])) for row in rows]
-    complexity = [float(np.mean(row["length"])) for row in rows]
-    write_review(output / "review.parquet", problems, rows, difficulty)
-    kept = select_problems(difficulty, complexity, config.drop_easy, config.drop_hardest)
+    write_review(output / "review.parquet", problems, rows)
+    columns = {name: [row[name] for row in rows] for name in ("difficulty", "complexity")}
+    kept = select_problems(**columns, drop_easy=config.drop_easy, drop_hardest=config.drop_hardest)
     if config.review:
         marks = datasets.Dataset.from_parquet(config.review).select_columns(["id", "keep"])
         refused = {row["id"] for row in marks if not row["keep"]}
         kept = [i for i in kept if rows[i]["id"] not in refused]
-    difficulty, complexity = ([values[i] for i in kept] for values in (difficulty, complexity))
+    difficulty, complexity = ([values[i] for i in kept] for values in columns.values())
     order, stage = mix_ladder(difficulty, complexity, config.seed)
     mixed = problems.select([kept[i] for i in order])
-    for name, values in (("difficulty", difficulty), ("complexity", complexity)):
-        mixed = mixed.add_column(name, [values[i] for i in order])
+    for name, values in columns.items():
+        mixed = mixed.add_column(name, [values[kept[i]] for i in order])
     mixed.add_column("stage", stage).to_parquet(output / "ladder.parquet")
     levels = [[c for c, d in zip(complexity, difficulty) if round(8 * d) == l] for l in range(9)]
     edges = np.unique(np.quantile(complexity or [0], np.linspace(0, 1, 6)))
@@ -741,13 +740,13 @@ def ladder(config: Config) -> dict:
     print(json.dumps(summary))
     return summary
 
-def write_review(file: Path, problems, rows: list[dict], difficulty: list[float]) -> None:
+def write_review(file: Path, problems, rows: list[dict]) -> None:
     """The problems that were never solved, with the commonest answer and a `keep` mark to edit."""
-    hardest = [i for i, d in enumerate(difficulty) if d == 1]
+    hardest = [i for i, row in enumerate(rows) if row["difficulty"] == 1]
     answers = [[extract_answer(text) or "" for text in rows[i]["responses"]] for i in hardest]
-    if not file.exists():  # a file that is there may hold a person's marks
-        problems.select(hardest).add_column("most_common", [max(a, key=a.count) for a in answers]) \
-            .add_column("keep", [True] * len(hardest)).to_parquet(file)
+    if not file.exists():  # one that is there may hold a person's marks
+        review = problems.select(hardest).add_column("keep", [True] * len(hardest))
+        review.add_column("most_common", [max(a, key=a.count) for a in answers]).to_parquet(file)
 
 def evaluate_model(config: Config) -> dict:
     """`eval`: accuracy and its 95 % interval over problems, into eval.json and responses.jsonl."""
