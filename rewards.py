@@ -61,8 +61,8 @@ _SYMBOLS = {  # LaTeX and Unicode spellings of one thing
 _SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (len(key) > 1 and key[-1].isalpha())
                               for key in sorted(_SYMBOLS, key=len, reverse=True)))
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_LEAD = re.compile(r"(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?"
-                   r"(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=\W*\S)", re.I)
+_LEAD = re.compile(r"^(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?"
+                   r"(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=.)", re.I)
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:[, ][0-9]{3})+)(?![0-9,])")
 
 def _clean(answer: str) -> str:
@@ -78,7 +78,7 @@ def _clean(answer: str) -> str:
     for _ in range(4):  # wrappers nest: **\boxed{...}**
         text = text.strip(" \t.,;`\"'").removeprefix("**").removesuffix("**")
         boxed = re.fullmatch(r"\\(?:boxed|fbox) ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", text)
-        text = boxed[1] if boxed else _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+        text = boxed[1] if boxed else _LEAD.sub("", text, count=1)
     text = " ".join(text.replace("**", "^").split())
     return text if text[:1] in "([{" else _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[1]), text)
 
@@ -95,7 +95,7 @@ def _choice(answer: str) -> str | None:
 # -------------------------------------------------------------------------------------- expression
 _FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10,
               "exp": math.exp, "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
-              "abs": abs, "sqrt": None, "frac": None}
+              "abs": abs}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv}
 _FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError,
@@ -103,7 +103,7 @@ _FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, Recu
 _MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
                     r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
 _TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
-                    + "|".join(sorted(_FUNCTIONS, key=len, reverse=True))
+                    + "|".join([*sorted(_FUNCTIONS, key=len, reverse=True), "sqrt", "frac"])
                     + r")(?![a-z])|([^\W\d_](?:_\w)?|∞)|([-+*/^()\[\]°]))")
 
 def _parse(text: str) -> ast.expr:
@@ -134,38 +134,41 @@ def _parse(text: str) -> ast.expr:
 
 def _compute(node: ast.expr, point: int, degree: float = 1):
     """Value of a syntax tree at a fixed point, a Fraction if it can be; may raise _FAILURES."""
-    if isinstance(node, ast.Constant):
-        return Fraction(repr(node.value))
-    if isinstance(node, ast.Name):
-        constants = {"π": math.pi, "e": math.e, "inf": math.inf, "deg": degree}
-        code = sum((i + 1) * ord(c) for i, c in enumerate(node.id))  # some values below zero
-        return constants.get(node.id, Fraction(code * (point + 3) * 7919 % 997 - 400, 211))
-    if isinstance(node, ast.UnaryOp):
-        value = _compute(node.operand, point, degree)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.Call) and len(node.args) == 1:
-        inner, name = node.func, getattr(node.func, "id", "")
-        if isinstance(inner, ast.Call) and getattr(inner.func, "id", "") == "frac":
-            return _compute(inner.args[0], point, degree) / _compute(node.args[0], point, degree)
-        root = 2 if name == "sqrt" else None
-        if isinstance(inner, ast.Subscript) and getattr(inner.value, "id", "") == "sqrt":
-            root = _compute(inner.slice, point)
-        if root:
-            value = _compute(node.args[0], point, degree)
-            near = round(abs(value) ** (1 / float(root))) if abs(value) < 1e12 else 0
-            return Fraction(near) if near ** root == value else math.pow(value, 1 / root)
-        if _FUNCTIONS.get(name):  # 45 degrees are an angle inside a function, and 45 elsewhere
-            return _FUNCTIONS[name](_compute(node.args[0], point, math.pi / 180))
-        return _compute(inner, point, degree) * _compute(node.args[0], point, degree)
-    if not isinstance(node, ast.BinOp):
-        raise ValueError("not an expression")
-    a, b = _compute(node.left, point, degree), _compute(node.right, point, degree)
-    if isinstance(node.op, ast.Pow):
-        bits = len(str(a)) * 4 if isinstance(a, Fraction) else 1
-        if abs(b) > 1000 or bits * abs(b) > 20000:
-            raise ValueError("too large")
-        return a ** b
-    return _OPERATORS[type(node.op)](a, b)
+    def value(child):
+        return _compute(child, point, degree)
+
+    def root(radicand, n):
+        near = round(abs(radicand) ** (1 / float(n))) if abs(radicand) < 1e12 else 0
+        return Fraction(near) if near ** n == radicand else math.pow(radicand, 1 / n)
+
+    match node:
+        case ast.Constant():
+            return Fraction(repr(node.value))
+        case ast.Name(id=name):
+            constants = {"π": math.pi, "e": math.e, "inf": math.inf, "deg": degree}
+            code = sum((i + 1) * ord(c) for i, c in enumerate(name))  # some values below zero
+            return constants.get(name, Fraction(code * (point + 3) * 7919 % 997 - 400, 211))
+        case ast.UnaryOp():
+            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
+        case ast.Call(func=ast.Call(func=ast.Name(id="frac"), args=[top]), args=[bottom]):
+            return value(top) / value(bottom)
+        case ast.Call(func=ast.Name(id="sqrt"), args=[radicand]):
+            return root(value(radicand), 2)
+        case ast.Call(func=ast.Subscript(value=ast.Name(id="sqrt"), slice=n), args=[radicand]):
+            return root(value(radicand), value(n))
+        case ast.Call(func=ast.Name(id=name), args=[angle]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](_compute(angle, point, math.pi / 180))  # 45 degrees
+        case ast.Call(func=left, args=[right]):  # 2(x + 1)
+            return value(left) * value(right)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            base, exponent = value(left), value(right)
+            bits = base.numerator.bit_length() if isinstance(base, Fraction) else 1
+            if abs(exponent) > 1000 or bits * abs(exponent) > 4000:
+                raise ValueError("too large")
+            return base ** exponent
+        case ast.BinOp(left=left, right=right):
+            return _OPERATORS[type(node.op)](value(left), value(right))
+    raise ValueError("not an expression")
 
 def _evaluate(text: str, point: int = 0):
     """Value of an expression at a fixed point (Fraction or float), None if it has none there."""
@@ -179,8 +182,8 @@ def _evaluate(text: str, point: int = 0):
 
 # ------------------------------------------------------------------------------------- comparison
 _UNITS = dict(pair.split(":") for pair in (
-    "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
-    "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h hr:h inch:in "
+    "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m kilometer:km "
+    "kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h hr:h inch:in "
     "feet:ft foot:ft dollar:$").split())
 _UNIT = re.compile(
     r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
@@ -254,9 +257,9 @@ def _items(text: str) -> tuple[str, list[str], str] | None:
 
 def _same_list(a, b) -> bool:
     (open_a, a, close_a), (open_b, b, close_b) = a, b
-    if len(a) != len(b) or len(a) > 20 or open_a and open_b and open_a + close_a != open_b + close_b:
+    if len(a) != len(b) or open_a and open_b and open_a + close_a != open_b + close_b:
         return False
-    if open_a in ("(", "[") or open_b in ("(", "["):
+    if open_a in ("(", "[") or open_b in ("(", "[") or len(a) > 12:
         return all(map(_same, a, b))
     for item in a:  # sets and bare lists, in any order
         found = next((other for other in b if _same(item, other)), None)
