@@ -605,8 +605,9 @@ def prepare(config: Config) -> SimpleNamespace:
         (output / name).write_text("")
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
     memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
+    precision = "bf16" if model.device.type == "cuda" else "fp32"
     print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained\n"
-          f"{memory:.3g} GB of weights, gradients and moments; activations come on top\n"
+          f"{memory:.3g} GB of fp32 weights, gradients, moments; {precision} activations on top\n"
           f"{len(problems)} problems, {len(order)} in {config.order} order: {len(steps)} steps x "
           f"{size} prompts x {config.num_generations} responses, {updates} optimiser steps")
     return SimpleNamespace(
