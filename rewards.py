@@ -268,7 +268,7 @@ def _same_list(a, b) -> bool:
         b.remove(found)
     return True
 
-_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+_FLIPPED = str.maketrans("<>≤≥", "><≥≤")
 
 def _solved(text: str) -> tuple[str, str]:
     """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
@@ -288,7 +288,7 @@ def _same_relation(a: str, b: str) -> bool:
             not re.search("[<>≤≥≠]", a + b)):
         return (not name_a or not name_b or name_a == name_b) and _same(value_a, value_b)
     left, right = (re.split("([=<>≤≥≠])", side) for side in (a, b))
-    for sides in (left, [_FLIPPED.get(part, part) for part in left[::-1]]):
+    for sides in (left, [part.translate(_FLIPPED) for part in left[::-1]]):
         if sides[1::2] == right[1::2] and all(map(_same, sides[::2], right[::2])):
             return True
     if left[1::2] == right[1::2] == ["="]:  # the same curve
@@ -364,24 +364,17 @@ def format_reward(response: str, observe: bool = True) -> float:
     0.0
     """
     names = ("observe", "think", "answer") if observe else ("think", "answer")
-    if any(response.count(f"<{slash}{name}>") != 1 for name in names for slash in ("", "/")):
+    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
+    if any(response.count(tag) != 1 for tag in tags):
         return 0.0
-    spans = {name: (response.find(f"<{name}>"), response.find(f"</{name}>")) for name in names}
-    blocks = {name: response[start + len(name) + 2:end] for name, (start, end) in spans.items()}
-    between = response[spans["think"][1] + len("</think>"):spans["answer"][0]]
-    if any(not block.strip() for block in blocks.values()) or between.strip() or (
-            spans["answer"][0] < spans["think"][1]):
-        return 0.0
-    if observe and "<observe>" in blocks["think"]:  # nested: think needs words of its own, too
-        if "</observe>" not in blocks["think"]:
-            return 0.0
-        before, after = blocks["think"].split("<observe>")
-        return 0.5 if (before + after.split("</observe>")[1]).strip() else 0.0
-    if observe:
-        gap = response[spans["observe"][1] + len("</observe>"):spans["think"][0]]
-        if spans["think"][0] < spans["observe"][1] or gap.strip():
-            return 0.0
-    return 0.5
+    order = sorted(tags, key=response.find)
+    between = [response[response.find(tag) + len(tag):response.find(after)].strip()
+               for tag, after in zip(order, order[1:])]
+    if order == tags:
+        return 0.5 if all(between[::2]) and not any(between[1::2]) else 0.0
+    before, seen, after, gap, answer = between if observe else [""] * 5
+    nested = order == ["<think>", "<observe>", "</observe>", "</think>", "<answer>", "</answer>"]
+    return 0.5 if nested and before + after and seen and answer and not gap else 0.0
 
 def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100,
                   bonus: float = 0.2) -> list[float]:
