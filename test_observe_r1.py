@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import importlib.util
 import json
 import math
 import os
@@ -847,3 +848,22 @@ def test_benchmark_columns(folder, name):
     (problem,) = load_problems(str(folder / "bench.parquet"))
     assert (problem["question"], problem["answer"]) == (question, answer)
     assert problem["category"] == category and [i.size for i in problem["images"]] == [(56, 56)]
+
+
+def test_ablation_table_pairs_runs_by_seed():
+    """Mean and t interval (two degrees of freedom: 4.303) of the differences, by hand."""
+    spec = importlib.util.spec_from_file_location("ablate", TOY / "ablate.py")
+    ablate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablate)
+
+    def run(after, length):
+        return {"accuracy_before": 0.2, "accuracy_after": after, "length_after": length, "seconds": 60.0}
+
+    table = ablate.make_table({
+        "full": [run(0.70, 30), run(0.72, 31), run(0.71, 32)],
+        "no bonus": [run(0.69, 40), run(0.73, 41), run(0.72, 42)]})
+    # differences -.01, +.01, +.01: mean .0033, standard deviation .011547, half width .0287
+    row = next(line for line in table.splitlines() if line.startswith("| no bonus"))
+    assert row == "| no bonus | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 | 0.51 |"
+    curve = [{**run(0.7, 30), "metrics": [{"step": 10, "eval_accuracy": 0.5}, {"step": 20}]}]
+    assert ablate.make_figure({"full": curve}).count("<polyline") == 2
