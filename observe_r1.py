@@ -706,6 +706,7 @@ def ladder(config: Config) -> dict:
     if changed := [f"--{k}" for k, v in asdict(config).items() if k not in later and old[k] != v]:
         raise ValueError(f"{file.parent} holds scores of other {changed}: use another --output_dir")
     output, processor, raw = start(config)
+    raw = raw.select_columns(["id", "images", "question", "answer", "category"])  # no old scores
     checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
     blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
                     system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop

@@ -686,9 +686,8 @@ def test_select_problems():
 
 @pytest.fixture
 def few(tmp_path):
-    """24 raw toy problems, one of them with a gold that no rule can check."""
+    """24 toy problems with scores of old, one of them with a gold that no rule can check."""
     rows = load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
-    rows = rows.remove_columns(["difficulty", "complexity", "stage", "category"])
     rows = rows.map(lambda row, i: {"answer": "N/A" if i == 3 else row["answer"]}, with_indices=True)
     rows.to_parquet(tmp_path / "raw.parquet")
     return str(tmp_path / "raw.parquet")
