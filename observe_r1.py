@@ -587,6 +587,8 @@ def start(config: Config) -> tuple:
 
 def prepare(config: Config) -> SimpleNamespace:
     """All that training holds and changes; says what is going to happen."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train runs in one process so far; torchrun shares out `ladder` alone")
     output, processor, problems = start(config)
     held_out = config.eval_data and load_problems(config.eval_data, "train", processor, config)
     order, size = training_order(problems, config), config.prompts_per_step

@@ -667,6 +667,13 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
     assert sum(changed) > len(changed) * 0.9
 
 
+def test_training_under_torchrun_is_refused(monkeypatch):
+    """Copies that do not share gradients would write over each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        observe_r1.prepare(Config(data="x.jsonl"))
+
+
 def test_errors_are_one_line(tmp_path):
     result = run_script("train", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
