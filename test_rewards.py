@@ -31,6 +31,7 @@ def test_doctests():
     ("<answer>11</answer> no, <answer>12</answer>", "12"),
     ("<answer>11</answer> no, <answer>12", "11"),  # the last complete one
     ("so <answer>12", "12"),
+    ("<answer>12</answer></answer>", "12"),
     (r"so \boxed{\frac{1}{2}} or \boxed{12}", "12"),
     (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"so \boxed{12", None),
@@ -57,6 +58,47 @@ def test_extract_answer(response, answer):
 ])
 def test_answers_match(prediction, gold, same):
     assert answers_match(prediction, gold) is same
+
+
+SAME = [
+    ('12 square centimeters', '12 cm^2'), ('x=2,y=3', '(2,3)'), ('x = -3 or x = 3', '3,-3'),
+    ('2(x+1)', '2x+2'), ('\\frac{\\sqrt{3}}{2}', 'sqrt(3)/2'), ('(x+1)^2', 'x^2+2x+1'),
+    ('-x', 'x*(-1)'), ('10^{3}', '1000'), ('2^10', '1024'), ('5 cm', '5cm'), ('5cm', '5'),
+    ('$5', '5'), ('5%', '0.05'), ('1.50', '3/2'), ('three', '3'), ('A', '(A)'), ('(D)', 'D'),
+    ('Option C', 'C'), ('Answer: B', 'B'), ('B: 12', 'B'), ('-1/2', '-0.5'), ('1 1/2', '1.5'),
+    ('1\\frac{1}{2}', '3/2'), ('\\frac12', '1/2'), ('2:3', '2 : 3'), ('x>=5', 'x \\ge 5'),
+    ('1<x<3', '3>x>1'), ('{1,2,3}', '{3,2,1}'), ('\\{x | x > 0\\}', '\\{x | x > 0\\}'),
+    ('(-∞, 3]', '(-\\infty,3]'), ('45°', '45'), ('45^{\\circ}', '45°'), ('3.0 m/s', '3 m/s'),
+    ('The answer is $\\frac{3}{4}$.', '0.75'), ('2.0', '2'), ('100,000', '100000'),
+    ('2\\pi', '6.28'), ('3/4 cup', '3/4'), ('y = 2x + 1', 'y=2x+1'), ('y=2x+1', '2x - y + 1 = 0'),
+    ('isosceles', 'Isosceles.'), ('\\text{Yes}', 'yes'), ('No, it is not', 'No'),
+    ('triangle ABC', 'Triangle ABC'), ('50\\%', '50%'), ('x^2-1', '(x-1)(x+1)'),
+    ('(2, 3)', '\\left(2,3\\right)'), ('2 and 3', '3, 2'), ('5 hours 30', '5 hours 30'),
+    ('12 apples', '12'), ('\\sqrt{2}/2', '\\frac{1}{\\sqrt{2}}'), ('0', '0'), ('-3', '−3'),
+    ('1e3', '1000'), ('6\\sqrt{2}\\text{ cm}', '6\\sqrt{2}'), ('30 degrees', '30^\\circ'),
+    ('\\frac{5}{6} \\pi', '5π/6'), ('a', 'a'), ('AC', 'AC'), ('3x', '3*x'), ('log_2 8', 'log_2 8'),
+]
+DIFFERENT = [
+    ('2,3', '(3,2)'), ('12 cm', '12 m'), ('1/3', '1/2'), ('0.33', '1/3'), ('A', 'B'),
+    ('A and B', 'A'), ('A or B', 'B'), ('-5', '5'), ('x+1', 'x-1'), ('2x', 'x^2'), ('yes', 'no'),
+    ('not yes', 'yes'), ('(1,2]', '[1,2]'), ('x<5', 'x>5'), ('1.5', '15'), ('3 or 4', '3'),
+    ('between 3 and 5', '3'), ('at least 5', '5'), ('5 or more', '5'), ('3.141', '3.142'),
+    ('12', '12x'), ('abc', 'acb'), ('north', 'south'), ('AB', 'BA'), ('4', 'D'), ('D', '4'),
+    ('I', '1'), ('The', 'T'), ('', '12'), ('12 or 13', '12'), ('2^3', '2*3'), ('5', '5,6'),
+    ('√2', '2'), ('10:30', '10:03'), ('x=3', 'x=4'), ('x=y', 'y=x+1'), ('5 km', '5 m'),
+    ('50', '50.5'), ('undefined', '0'), ('10 m', '10 m/s'), ('60', '60.1'), ('1/0', '1/0x'),
+    ('100', '1e3'), ('12.01', '12'), ('2.01', '2'), ('17/12', r'\sqrt{2}'),
+]
+
+
+@pytest.mark.parametrize("prediction, gold", SAME)
+def test_equal_answers(prediction, gold):
+    assert answers_match(prediction, gold) and answers_match(gold, gold)
+
+
+@pytest.mark.parametrize("prediction, gold", DIFFERENT)
+def test_different_answers(prediction, gold):
+    assert not answers_match(prediction, gold)
 
 
 def test_accuracy_needs_an_answer_and_does_not_look_elsewhere():
