@@ -795,6 +795,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
     return command, config
 
 def main() -> None:
+    """Run one command; what a user can mend ends in one line instead of a traceback."""
     try:
         command, config = parse_arguments(sys.argv[1:])
         COMMANDS[command](config)

@@ -183,8 +183,8 @@ def _evaluate(text: str, point: int = 0):
 # ------------------------------------------------------------------------------------- comparison
 _UNITS = dict(pair.split(":") for pair in (
     "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
-    "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h hr:h inch:in "
-    "feet:ft foot:ft dollar:$").split())
+    "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h "
+    "hr:h inch:in feet:ft foot:ft dollar:$").split())
 _UNIT = re.compile(
     r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
     r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"

@@ -23,9 +23,25 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import observe_r1
 from observe_r1 import (
-    PROMPTS, STAGES, Config, Rollouts, encode_prompts, group_advantages, grpo_loss, load_problems,
-    mix_ladder, parse_arguments, response_log_probs, rollout, score_rollouts, select_problems,
-    slice_prompts, token_log_probs, training_order, update, vision_tokens,
+    PROMPTS,
+    STAGES,
+    Config,
+    Rollouts,
+    encode_prompts,
+    group_advantages,
+    grpo_loss,
+    load_problems,
+    mix_ladder,
+    parse_arguments,
+    response_log_probs,
+    rollout,
+    score_rollouts,
+    select_problems,
+    slice_prompts,
+    token_log_probs,
+    training_order,
+    update,
+    vision_tokens,
 )
 from rewards import accuracy_reward, extract_answer
 
@@ -50,18 +66,27 @@ def model(toy_model):
 
 @pytest.fixture
 def config():
-    return Config(num_generations=4, max_new_tokens=48, min_pixels=784, max_pixels=50176,
-                  gradient_checkpointing=False, min_length=20, minibatch_prompts=2)
+    return Config(
+        num_generations=4,
+        max_new_tokens=48,
+        min_pixels=784,
+        max_pixels=50176,
+        gradient_checkpointing=False,
+        min_length=20,
+        minibatch_prompts=2,
+    )
 
 
 @pytest.fixture
 def problems():
-    """One, three and two digits of different width, a question without and one with two pictures."""
+    """One, three and two digits, a question without a picture and one with two."""
     rows = list(load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
     strip, tall = rows[0]["images"][0], Image.linear_gradient("L").resize((84, 56))
     rows.append({"id": "text", "images": [], "question": "What is 3+4?", "answer": "7"})
     # A picture of several rows takes fewer rope positions than tokens: 6 tokens, 3 positions.
-    rows.append({"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"})
+    rows.append(
+        {"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"}
+    )
     return rows
 
 
@@ -77,13 +102,21 @@ def slow_log_probs(model, processor, problems, rollouts, config):
         prompt = encode_prompts([problem], processor, config)
         pictures = {k: prompt[k] for k in ("pixel_values", "image_grid_thw") if k in prompt}
         for g in range(rollouts.mask.shape[1]):
-            ids = rollouts.response_ids[b, g, :int(rollouts.mask[b, g].sum())]
+            ids = rollouts.response_ids[b, g, : int(rollouts.mask[b, g].sum())]
             both = torch.cat([prompt["input_ids"][0], ids])[None]
             types = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, len(ids)))
-            logits = model(input_ids=both, attention_mask=torch.ones_like(both), mm_token_type_ids=types,
-                           **pictures, use_cache=False).logits[0, -len(ids) - 1:-1] / config.temperature
+            logits = (
+                model(
+                    input_ids=both,
+                    attention_mask=torch.ones_like(both),
+                    mm_token_type_ids=types,
+                    **pictures,
+                    use_cache=False,
+                ).logits[0, -len(ids) - 1 : -1]
+                / config.temperature
+            )
             logits[:, vision_tokens(model)] = -torch.inf
-            result[b, g, :len(ids)] = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+            result[b, g, : len(ids)] = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     return result
 
 
@@ -98,8 +131,10 @@ def test_golden_case_of_the_method():
     """Accuracies, formats and lengths of method section 4, through the code that training runs."""
     accurate, formatted = [1, 1, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0]
     lengths = [300, 200, 150, 120, 400, 500, 600, 700]
-    texts = [("<observe>o</observe><think>t</think>" if f else "") + f"<answer>{3 if a else 4}</answer>"
-             for a, f in zip(accurate, formatted)]
+    texts = [
+        ("<observe>o</observe><think>t</think>" if f else "") + f"<answer>{3 if a else 4}</answer>"
+        for a, f in zip(accurate, formatted)
+    ]
     mask = (torch.arange(700) < torch.tensor(lengths)[:, None]).long()[None]
     scores = score_rollouts(Rollouts({}, mask, mask, [texts]), [{"answer": "3"}], Config())
     assert scores["accuracy"][0].tolist() == accurate
@@ -112,21 +147,25 @@ def test_golden_case_of_the_method():
 
 
 def test_correctness_stands_apart_from_the_other_rewards():
-    """A wrong, well formatted response is not correct; without the weight w is 1 and w(d) is unused."""
+    """A wrong, well formatted response is not correct; without the weight w is 1."""
     texts = ["<observe>o</observe><think>t</think><answer>4</answer>", "<answer>3</answer>"]
     mask = torch.ones(1, 2, 200, dtype=torch.long)
     rollouts, problems = Rollouts({}, mask, mask, [texts]), [{"answer": "3"}]
     scores = score_rollouts(rollouts, problems, Config())
     assert scores["reward"][0].tolist() == pytest.approx([0.5, 1.2])
     assert scores["weight"].tolist() == pytest.approx([1.8])
-    assert score_rollouts(rollouts, problems, Config(dynamic_weight=False))["weight"].tolist() == [1.0]
+    assert score_rollouts(rollouts, problems, Config(dynamic_weight=False))["weight"].tolist() == [
+        1.0
+    ]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 1.7])
 def test_equal_rewards_give_no_advantage(value):
     rewards = torch.full((1, 8), value)
     assert group_advantages(rewards, torch.ones(1)).abs().max() == 0
-    assert group_advantages(rewards + torch.tensor([0.0] * 7 + [0.2]), torch.ones(1)).abs().max() > 2
+    assert (
+        group_advantages(rewards + torch.tensor([0.0] * 7 + [0.2]), torch.ones(1)).abs().max() > 2
+    )
 
 
 def test_group_advantages_in_float64_by_hand():
@@ -188,14 +227,18 @@ def test_grpo_loss_ignores_padding_and_splits_into_micro_batches():
     noise = torch.randn(5, 3, dtype=torch.float64) * 50
     padded = [torch.cat([x, noise], 1) for x in (log_probs, old, ref)]
     wide = torch.cat([mask, torch.zeros(5, 3)], 1)
-    assert grpo_loss(*padded, advantages, wide, num_responses=8)[0].item() == pytest.approx(whole.item())
-    parts = [grpo_loss(log_probs[s], old[s], ref[s], advantages[s], mask[s], num_responses=8)[0]
-             for s in (slice(0, 1), slice(1, 4), slice(4, 5))]
+    assert grpo_loss(*padded, advantages, wide, num_responses=8)[0].item() == pytest.approx(
+        whole.item()
+    )
+    parts = [
+        grpo_loss(log_probs[s], old[s], ref[s], advantages[s], mask[s], num_responses=8)[0]
+        for s in (slice(0, 1), slice(1, 4), slice(4, 5))
+    ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
 def test_on_policy_gradient_is_the_policy_gradient():
-    """At ratio 1 the loss is -mean(A) but its gradient is -A grad(log p), token mean, response mean."""
+    """At ratio 1 the loss is -mean(A), its gradient -A grad(log p): token mean, response mean."""
     log_probs, _, _, advantages, mask = random_batch()
     log_probs.requires_grad_()
     grpo_loss(log_probs, log_probs.detach(), None, advantages, mask)[0].backward()
@@ -207,7 +250,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 
 
 def test_log_probs_equal_those_of_generation(model, processor, problems, config, monkeypatch):
-    """The policy that is trained is the one that sampled: left padding, mixed and missing pictures."""
+    """The policy that trains is the one that sampled: left padding, mixed, missing pictures."""
     config.temperature, seen, multinomial = 0.7, [], torch.multinomial
 
     def record(probabilities, count):
@@ -255,7 +298,10 @@ def test_gradient_checkpointing_changes_nothing(model, processor, problems, conf
 def test_chunks_of_the_vocabulary_are_exact():
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False).double()
-    hidden, targets = torch.randn(23, 8, requires_grad=True, dtype=torch.float64), torch.arange(23) + 5
+    hidden, targets = (
+        torch.randn(23, 8, requires_grad=True, dtype=torch.float64),
+        torch.arange(23) + 5,
+    )
     logits = head(hidden).float() / 0.5
     logits[:, [1, 2]] = -torch.inf
     expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -273,7 +319,7 @@ def test_masks_end_with_the_stop_token(model, processor, problems, config):
         for row, on, text in zip(ids.tolist(), mask.tolist(), texts):
             n = sum(on)
             assert on == [1] * n + [0] * (len(on) - n)
-            assert not stops & set(row[:n - 1])  # none before the end
+            assert not stops & set(row[: n - 1])  # none before the end
             assert row[n - 1] in stops or n == config.max_new_tokens
             assert text == processor.decode(row[:n], skip_special_tokens=True)
             finished += row[n - 1] in stops
@@ -311,7 +357,9 @@ def test_vision_tokens_cannot_be_sampled(model, processor, problems, config):
 
 def test_sampling_settings_of_the_checkpoint_do_not_leak(model, processor, problems, config):
     plain = run_rollout(model, processor, problems, config)
-    model.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=9.0, do_sample=False)
+    model.generation_config.update(
+        top_k=1, temperature=0.01, repetition_penalty=9.0, do_sample=False
+    )
     changed = run_rollout(model, processor, problems, config)
     assert torch.equal(plain.response_ids, changed.response_ids)
 
@@ -330,7 +378,10 @@ def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
     batch = encode_prompts(problems, processor, config)
     assert batch["num_images"].tolist() == [1, 1, 1, 0, 2]
     for row, problem in enumerate(problems):
-        part, alone = slice_prompts(batch, row, row + 1), encode_prompts([problem], processor, config)
+        part, alone = (
+            slice_prompts(batch, row, row + 1),
+            encode_prompts([problem], processor, config),
+        )
         assert torch.equal(part["input_ids"], alone["input_ids"])
         assert ("pixel_values" in part) == bool(problem["images"])
         if problem["images"]:
@@ -338,12 +389,15 @@ def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
             assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
 
 
-@pytest.mark.parametrize("size, budget, grid", [
-    ((280, 140), (784, 10 ** 6), [1, 10, 20]),
-    ((20, 20), (3136, 10 ** 6), [1, 4, 4]),  # enlarged to the floor of 56 x 56
-    ((560, 560), (784, 10 ** 6), [1, 40, 40]),  # above the processor's own ceiling of 50,176
-    ((1120, 1120), (3136, 50176), [1, 16, 16]),  # reduced to the ceiling of 224 x 224
-])
+@pytest.mark.parametrize(
+    "size, budget, grid",
+    [
+        ((280, 140), (784, 10**6), [1, 10, 20]),
+        ((20, 20), (3136, 10**6), [1, 4, 4]),  # enlarged to the floor of 56 x 56
+        ((560, 560), (784, 10**6), [1, 40, 40]),  # above the processor's own ceiling of 50,176
+        ((1120, 1120), (3136, 50176), [1, 16, 16]),  # reduced to the ceiling of 224 x 224
+    ],
+)
 def test_one_pixel_budget(processor, size, budget, grid):
     config = Config(min_pixels=budget[0], max_pixels=budget[1])
     problem = {"images": [Image.new("RGB", size)], "question": "q"}
@@ -355,11 +409,15 @@ def test_one_pixel_budget(processor, size, budget, grid):
 
 def test_prompts(processor, config):
     problem = {"images": [], "question": "How many?"}
-    texts = [processor.decode(encode_prompts([problem], processor, c)["input_ids"][0]) for c in (
-        Config(), Config(observe=False), Config(system_prompt="Look."))]
+    texts = [
+        processor.decode(encode_prompts([problem], processor, c)["input_ids"][0])
+        for c in (Config(), Config(observe=False), Config(system_prompt="Look."))
+    ]
     for text, system in zip(texts, (PROMPTS["observe"], PROMPTS["think"], "Look.")):
-        assert text == (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
-                        "<|im_start|>assistant\n")
+        assert text == (
+            f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
 
 
 # ------------------------------------------------------------------------------------- update
@@ -368,17 +426,18 @@ def test_prompts(processor, config):
 def make_state(model, reference=None, rate=1e-3):
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    return SimpleNamespace(model=model, reference=reference, optimizer=optimizer, scheduler=scheduler,
-                           optimizer_step=0)
+    return SimpleNamespace(
+        model=model, reference=reference, optimizer=optimizer, scheduler=scheduler, optimizer_step=0
+    )
 
 
 def test_update_does_not_depend_on_the_token_budget(model, processor, problems, config):
-    """One pass a group, or one a response: the same gradient, hence the same weights and metrics."""
+    """One pass a group, or one a response: the same gradient, so the same weights, metrics."""
     rollouts = run_rollout(model, processor, problems, config)
     advantages = torch.randn(5, 4)
     advantages[1] = 0
     results = []
-    for budget in (10 ** 6, 1):
+    for budget in (10**6, 1):
         config.token_budget, learner = budget, copy.deepcopy(model)
         state = make_state(learner, copy.deepcopy(model), 1e-2)
         state.optimizer = torch.optim.SGD(learner.parameters(), 0.01)
@@ -391,7 +450,7 @@ def test_update_does_not_depend_on_the_token_budget(model, processor, problems, 
 
 
 def test_skipped_groups_count_in_the_denominator(model, processor, problems, config):
-    """The first gradient is that of the float64-checked loss over all sampled responses, by hand."""
+    """The first gradient is that of the loss over all sampled responses, by hand."""
     rollouts = run_rollout(model, processor, problems[:2], config)
     advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]])
     expected = copy.deepcopy(model)
@@ -403,7 +462,9 @@ def test_skipped_groups_count_in_the_denominator(model, processor, problems, con
     config.max_grad_norm, before = 1e9, copy.deepcopy(model.state_dict())
     update(state, rollouts, advantages, config)
     for name, p in expected.named_parameters():
-        torch.testing.assert_close(before[name] - model.state_dict()[name], p.grad, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            before[name] - model.state_dict()[name], p.grad, atol=2e-4, rtol=1e-3
+        )
 
 
 def test_groups_without_advantage_move_nothing(model, processor, problems, config):
@@ -419,7 +480,9 @@ def test_groups_without_advantage_move_nothing(model, processor, problems, confi
     assert state.optimizer_step == steps and metrics["grad_norm"] == 0
 
 
-def test_several_optimiser_steps_clip_against_the_policy_that_sampled(model, processor, problems, config):
+def test_several_optimiser_steps_clip_against_the_policy_that_sampled(
+    model, processor, problems, config
+):
     """Twice the same group: in the second mini-batch the ratio has left 1, and is clipped."""
     config.minibatch_prompts, config.kl_coef = 1, 0.0
     rollouts = run_rollout(model, processor, [problems[0]] * 6, config)
@@ -446,8 +509,11 @@ def check_ladder(difficulty, complexity, order, stage):
         assert low <= round(8 * difficulty[i]) <= low + 4
     for s in set(stage):
         for level in range(9):
-            lengths = [complexity[i] for i, t in zip(order, stage)
-                       if t == s and round(8 * difficulty[i]) == level]
+            lengths = [
+                complexity[i]
+                for i, t in zip(order, stage)
+                if t == s and round(8 * difficulty[i]) == level
+            ]
             assert lengths == sorted(lengths)
 
 
@@ -464,10 +530,15 @@ def test_mix_ladder_reproduces_the_figure():
             assert mine.count(level) / len(mine) == pytest.approx(share / sum(shares), abs=0.02)
 
 
-@pytest.mark.parametrize("counts", [
-    [100] * 9, [0, 0, 300, 0, 0, 100, 0, 0, 600], [900, 0, 0, 0, 0, 0, 0, 0, 90],
-    [10, 20, 40, 80, 160, 160, 210, 150, 130],
-])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [100] * 9,
+        [0, 0, 300, 0, 0, 100, 0, 0, 600],
+        [900, 0, 0, 0, 0, 0, 0, 0, 90],
+        [10, 20, 40, 80, 160, 160, 210, 150, 130],
+    ],
+)
 def test_mix_ladder_elsewhere(counts):
     difficulty = levels(counts)
     complexity = [float(i % 17) for i in range(len(difficulty))]
@@ -505,14 +576,22 @@ def test_training_order():
 
 
 def test_the_toy_keeps_its_promises():
-    ladder, held_out = (load_problems(str(TOY / f"{name}.parquet")) for name in ("ladder", "heldout"))
-    shown = [{image.tobytes() for row in data for image in row["images"]} for data in (ladder, held_out)]
+    ladder, held_out = (
+        load_problems(str(TOY / f"{name}.parquet")) for name in ("ladder", "heldout")
+    )
+    shown = [
+        {image.tobytes() for row in data for image in row["images"]} for data in (ladder, held_out)
+    ]
     assert not shown[0] & shown[1]
     quarters = torch.tensor(list(ladder["difficulty"])).chunk(4)
     means = [quarter.mean().item() for quarter in quarters]
     assert means == sorted(means) and len({round(8 * d) for d in ladder["difficulty"]}) >= 6
-    size = {path.name: path.stat().st_size for path in [*TOY.glob("*.parquet"), *TOY.glob("model/*")]}
-    assert size["model.safetensors"] < 5e6 and size["ladder.parquet"] + size["heldout.parquet"] < 3e6
+    size = {
+        path.name: path.stat().st_size for path in [*TOY.glob("*.parquet"), *TOY.glob("model/*")]
+    }
+    assert (
+        size["model.safetensors"] < 5e6 and size["ladder.parquet"] + size["heldout.parquet"] < 3e6
+    )
 
 
 # ------------------------------------------------------------------------------------ problems
@@ -524,7 +603,7 @@ def folder(tmp_path):
     Image.new("RGB", (56, 56), (255, 0, 0)).save(tmp_path / "pictures/a.png")
     Image.new("L", (28, 84)).save(tmp_path / "pictures/b.jpg")
     data = (tmp_path / "pictures/a.png").read_bytes()
-    (tmp_path / "pictures/cut.png").write_bytes(data[:len(data) - 40])
+    (tmp_path / "pictures/cut.png").write_bytes(data[: len(data) - 40])
     return tmp_path
 
 
@@ -534,28 +613,79 @@ def write(folder, rows, name="data.jsonl"):
     return str(folder / name)
 
 
-CHAT = [{"role": "system", "content": "Be good."}, {"role": "user", "content": [
-    {"type": "image", "image": "pictures/a.png"}, {"type": "text", "text": "How many?"}]}]
+CHAT = [
+    {"role": "system", "content": "Be good."},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": "pictures/a.png"},
+            {"type": "text", "text": "How many?"},
+        ],
+    },
+]
 
 
-@pytest.mark.parametrize("row, question, answer, pictures", [
-    ({"image": "pictures/a.png", "question": "How many?", "answer": 3}, "How many?", "3", 1),
-    ({"images": ["pictures/a.png", "file://pictures/b.jpg"], "problem": "<image><image>Sum?",
-      "solution": "4"}, "Sum?", "4", 2),
-    ({"decoded_image": "pictures/a.png", "image": "gone.png", "question": "q", "query": "Hint: q",
-      "answer": "1"}, "q", "1", 1),
-    ({"message": json.dumps(CHAT), "answer": "$5$"}, "How many?", "$5$", 1),
-    ({"messages": CHAT, "ground_truth": 0.5}, "How many?", "0.5", 1),
-    ({"image_1": "pictures/a.png", "image_2": "pictures/b.jpg", "image_3": None,
-      "question": "Is <image 2> like <image 1>?", "answer": "no"},
-     "Is picture 2 like picture 1?", "no", 2),
-    ({"question": "2 + 2?", "answer": "4"}, "2 + 2?", "4", 0),
-    ({"image": None, "question": "Which?", "choices": ["x", "y"], "answer": "y"},
-     "Which?\n(A) x\n(B) y", "B", 0),
-    ({"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "(b)"},
-     "Which?\n(A) x\n(B) y", "B", 0),
-    ({"question": "Which?", "options": '["x", "y"]', "answer": "A"}, "Which?\n(A) x\n(B) y", "A", 0),
-])
+@pytest.mark.parametrize(
+    "row, question, answer, pictures",
+    [
+        ({"image": "pictures/a.png", "question": "How many?", "answer": 3}, "How many?", "3", 1),
+        (
+            {
+                "images": ["pictures/a.png", "file://pictures/b.jpg"],
+                "problem": "<image><image>Sum?",
+                "solution": "4",
+            },
+            "Sum?",
+            "4",
+            2,
+        ),
+        (
+            {
+                "decoded_image": "pictures/a.png",
+                "image": "gone.png",
+                "question": "q",
+                "query": "Hint: q",
+                "answer": "1",
+            },
+            "q",
+            "1",
+            1,
+        ),
+        ({"message": json.dumps(CHAT), "answer": "$5$"}, "How many?", "$5$", 1),
+        ({"messages": CHAT, "ground_truth": 0.5}, "How many?", "0.5", 1),
+        (
+            {
+                "image_1": "pictures/a.png",
+                "image_2": "pictures/b.jpg",
+                "image_3": None,
+                "question": "Is <image 2> like <image 1>?",
+                "answer": "no",
+            },
+            "Is picture 2 like picture 1?",
+            "no",
+            2,
+        ),
+        ({"question": "2 + 2?", "answer": "4"}, "2 + 2?", "4", 0),
+        (
+            {"image": None, "question": "Which?", "choices": ["x", "y"], "answer": "y"},
+            "Which?\n(A) x\n(B) y",
+            "B",
+            0,
+        ),
+        (
+            {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "(b)"},
+            "Which?\n(A) x\n(B) y",
+            "B",
+            0,
+        ),
+        (
+            {"question": "Which?", "options": '["x", "y"]', "answer": "A"},
+            "Which?\n(A) x\n(B) y",
+            "A",
+            0,
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
 def test_layouts(folder, row, question, answer, pictures, name):
     problems = load_problems(write(folder, [row, row], name))
@@ -565,15 +695,19 @@ def test_layouts(folder, row, question, answer, pictures, name):
 
 
 def test_parquet_folder_and_mixed_types(folder):
-    rows = [{"id": "r", "image": "pictures/a.png", "question": "q", "answer": 3},
-            {"id": "s", "image": "pictures/b.jpg", "question": "q", "answer": "three"}]
+    rows = [
+        {"id": "r", "image": "pictures/a.png", "question": "q", "answer": 3},
+        {"id": "s", "image": "pictures/b.jpg", "question": "q", "answer": "three"},
+    ]
     problems = load_problems(write(folder, rows))
     assert problems["answer"][:] == ["3", "three"] and problems["id"][:] == ["r", "s"]
     problems.to_parquet(folder / "data.parquet")
     again = load_problems(str(folder / "data.parquet"))
     assert again[1]["images"][0].size == (28, 84) and again["answer"][:] == ["3", "three"]
-    lines = "\n".join(json.dumps({"file_name": name, "question": "q", "answer": "1"})
-                      for name in ("a.png", "b.jpg"))
+    lines = "\n".join(
+        json.dumps({"file_name": name, "question": "q", "answer": "1"})
+        for name in ("a.png", "b.jpg")
+    )
     (folder / "pictures" / "metadata.jsonl").write_text(lines)
     (folder / "pictures" / "cut.png").unlink()
     assert load_problems(str(folder / "pictures"))[1]["images"][0].size == (28, 84)
@@ -581,8 +715,13 @@ def test_parquet_folder_and_mixed_types(folder):
 
 def test_bad_rows_are_named_together(folder, processor, config):
     good = {"image": "pictures/a.png", "question": "q", "answer": "1"}
-    rows = [good, {**good, "image": "pictures/none.png"}, {**good, "image": "pictures/cut.png"},
-            {**good, "answer": " "}, {**good, "question": ""}]
+    rows = [
+        good,
+        {**good, "image": "pictures/none.png"},
+        {**good, "image": "pictures/cut.png"},
+        {**good, "answer": " "},
+        {**good, "question": ""},
+    ]
     with pytest.raises(ValueError) as error:
         load_problems(write(folder, rows))
     message = str(error.value)
@@ -631,23 +770,59 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 def run_script(*options, cwd):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, str(HERE / "observe_r1.py"), *options], cwd=cwd,
-                          capture_output=True, text=True, env=environment, timeout=170)
+    return subprocess.run(
+        [sys.executable, str(HERE / "observe_r1.py"), *options],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=170,
+    )
 
 
 def test_the_command_end_to_end(tmp_path, processor, problems):
-    """Three steps in a process of its own; its files; and final/ samples what the trained model did."""
-    result = run_script("train", "--config", str(TOY / "config.json"), "--max_steps", "3",
-                        "--prompts_per_step", "4", "--minibatch_prompts", "2", "--num_samples", "1",
-                        "--save_steps", "2", "--eval_steps", "2", "--output_dir", "out", cwd=tmp_path)
+    """Three steps in a process of its own; its files; final/ loads and samples the same twice."""
+    result = run_script(
+        "train",
+        "--config",
+        str(TOY / "config.json"),
+        "--max_steps",
+        "3",
+        "--prompts_per_step",
+        "4",
+        "--minibatch_prompts",
+        "2",
+        "--num_samples",
+        "1",
+        "--save_steps",
+        "2",
+        "--eval_steps",
+        "2",
+        "--output_dir",
+        "out",
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     output = tmp_path / "out"
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert set(metrics[0]) >= {
-        "step", "optimizer_step", "reward", "accuracy", "format", "bonus", "response_length",
-        "truncated_fraction", "weight", "kl", "clip_fraction", "grad_norm", "learning_rate",
-        "zero_weight_fraction", "seconds"}
+        "step",
+        "optimizer_step",
+        "reward",
+        "accuracy",
+        "format",
+        "bonus",
+        "response_length",
+        "truncated_fraction",
+        "weight",
+        "kl",
+        "clip_fraction",
+        "grad_norm",
+        "learning_rate",
+        "zero_weight_fraction",
+        "seconds",
+    }
     assert [("eval_accuracy" in row) for row in metrics] == [False, True, False]
     assert metrics[-1]["optimizer_step"] <= 6
     summary = json.loads((output / "summary.json").read_text())
@@ -658,12 +833,21 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
     page = (output / "report.html").read_text()
     assert "&lt;answer&gt;" in page and "<answer>" not in page
     config = Config(**json.loads((output / "config.json").read_text()))
-    loaded = [(Qwen2_5_VLForConditionalGeneration.from_pretrained(output / "final", dtype=torch.float32),
-               AutoProcessor.from_pretrained(output / "final")) for _ in range(2)]
+    loaded = [
+        (
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                output / "final", dtype=torch.float32
+            ),
+            AutoProcessor.from_pretrained(output / "final"),
+        )
+        for _ in range(2)
+    ]
     first, second = (run_rollout(*pair, problems, config) for pair in loaded)
     assert first.texts == second.texts
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(TOY / "model", dtype=torch.float32)
-    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), loaded[0][0].parameters())]
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before.parameters(), loaded[0][0].parameters())
+    ]
     assert sum(changed) > len(changed) * 0.9
 
 
@@ -677,7 +861,8 @@ def test_training_under_torchrun_is_refused(monkeypatch):
 def test_errors_are_one_line(tmp_path):
     result = run_script("train", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
-        "observe_r1: --data is missing")
+        "observe_r1: --data is missing"
+    )
 
 
 # -------------------------------------------------------------------------------- ladder and eval
@@ -685,7 +870,13 @@ def test_errors_are_one_line(tmp_path):
 
 def test_select_problems():
     difficulty, complexity = [0, 0, 0, 0.5, 1, 1], [2.0, 23.0, 56.0, 1.0, 9.0, 1.0]
-    assert select_problems(difficulty, complexity) == [1, 2, 3, 4, 5]  # the shortest solved one goes
+    assert select_problems(difficulty, complexity) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # the shortest solved one goes
     assert select_problems(difficulty, complexity, drop_easy=False) == [0, 1, 2, 3, 4, 5]
     assert select_problems(difficulty, complexity, drop_hardest=True) == [1, 2, 3]
     assert select_problems([], []) == []
@@ -695,7 +886,9 @@ def test_select_problems():
 def few(tmp_path):
     """24 toy problems with scores of old, one of them with a gold that no rule can check."""
     rows = load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
-    rows = rows.map(lambda row, i: {"answer": "N/A" if i == 3 else row["answer"]}, with_indices=True)
+    rows = rows.map(
+        lambda row, i: {"answer": "N/A" if i == 3 else row["answer"]}, with_indices=True
+    )
     rows.to_parquet(tmp_path / "raw.parquet")
     return str(tmp_path / "raw.parquet")
 
@@ -709,10 +902,15 @@ def test_ladder(few, tmp_path):
     summary = observe_r1.ladder(ladder_config(few, tmp_path / "a"))
     assert summary["raw"] == 24 and summary["uncheckable"] == 1
     assert summary["ladder"] == sum(summary["levels"]) == sum(summary["stages"])
-    assert 24 == sum(summary[name] for name in (
-        "uncheckable", "solved_without_reasoning", "not_selected", "ladder"))
+    assert 24 == sum(
+        summary[name]
+        for name in ("uncheckable", "solved_without_reasoning", "not_selected", "ladder")
+    )
     built = load_problems(str(tmp_path / "a" / "ladder.parquet"))
-    assert len(built) == summary["ladder"] == len(set(built["id"])) and built[0]["images"][0].height == 28
+    assert (
+        len(built) == summary["ladder"] == len(set(built["id"]))
+        and built[0]["images"][0].height == 28
+    )
     assert list(built["stage"]) == sorted(built["stage"])
     scores = {row["id"]: row for row in map(json.loads, open(tmp_path / "a" / "scores.jsonl"))}
     for row in built:  # difficulty and complexity are those of the recorded responses
@@ -720,7 +918,9 @@ def test_ladder(few, tmp_path):
         right = [accuracy_reward(text, row["answer"]) for text in scored["responses"]]
         assert row["difficulty"] == 1 - sum(right) / 8 and len(right) == 8
         assert row["complexity"] == sum(scored["length"]) / 8
-    review = load_dataset("parquet", data_files=str(tmp_path / "a" / "review.parquet"), split="train")
+    review = load_dataset(
+        "parquet", data_files=str(tmp_path / "a" / "review.parquet"), split="train"
+    )
     assert set(review["id"]) == {key for key, row in scores.items() if not any(row["accuracy"])}
     assert len(review) > 1 and all(review["keep"])
     for row in review:
@@ -729,7 +929,9 @@ def test_ladder(few, tmp_path):
 
     marked = review.map(lambda row, i: {"keep": i > 0}, with_indices=True)
     marked.to_parquet(tmp_path / "marks.parquet")
-    fewer = observe_r1.ladder(ladder_config(few, tmp_path / "a", review=str(tmp_path / "marks.parquet")))
+    fewer = observe_r1.ladder(
+        ladder_config(few, tmp_path / "a", review=str(tmp_path / "marks.parquet"))
+    )
     assert fewer["ladder"] == summary["ladder"] - 1  # from the scores that were there
     gone = observe_r1.ladder(ladder_config(few, tmp_path / "a", drop_hardest=True))
     assert gone["ladder"] == summary["ladder"] - len(review)
@@ -761,17 +963,42 @@ def test_a_killed_ladder_ends_in_the_same_file(few, tmp_path, monkeypatch):
 
 def test_ladder_under_torchrun(few, tmp_path):
     """Two processes score a share each; together they score every problem once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               "29517", str(HERE / "observe_r1.py"), "ladder", "--config", str(TOY / "config.json"),
-               "--data", few, "--output_dir", "two", "--prompts_per_step", "4", "--eval_data", ""]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29517",
+        str(HERE / "observe_r1.py"),
+        "ladder",
+        "--config",
+        str(TOY / "config.json"),
+        "--data",
+        few,
+        "--output_dir",
+        "two",
+        "--prompts_per_step",
+        "4",
+        "--eval_data",
+        "",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment,
-                            timeout=170)
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=170
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    rows = [json.loads(line) for rank in range(2) for line in open(tmp_path / f"two/scores.{rank}.jsonl")]
+    rows = [
+        json.loads(line)
+        for rank in range(2)
+        for line in open(tmp_path / f"two/scores.{rank}.jsonl")
+    ]
     raw = load_problems(few)
-    assert len(rows) == summary["raw"] - summary["uncheckable"] - summary["solved_without_reasoning"]
+    assert (
+        len(rows) == summary["raw"] - summary["uncheckable"] - summary["solved_without_reasoning"]
+    )
     assert [row["id"] for row in rows] == [i for i in raw["id"] if i in {row["id"] for row in rows}]
     built = load_problems(str(tmp_path / "two" / "ladder.parquet"))
     assert len(built) == summary["ladder"] and len({row["responses"][0] for row in rows}) > 3
@@ -787,8 +1014,7 @@ def test_eval(few, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
     scores = [[accuracy_reward(text, row["answer"]) for text in row["responses"]] for row in rows]
     assert sampled["accuracy"] == pytest.approx(torch.tensor(scores).mean().item())
-    assert sampled["response_length"] == pytest.approx(
-        sum(sum(row["length"]) for row in rows) / 96)
+    assert sampled["response_length"] == pytest.approx(sum(sum(row["length"]) for row in rows) / 96)
 
 
 def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
@@ -796,49 +1022,128 @@ def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(300, generator=generator)
     scores = torch.bernoulli(share[:, None].expand(-1, 4), generator=generator)
-    rows = [{"accuracy": row.tolist(), "format": row.tolist(), "length": row.tolist()} for row in scores]
+    rows = [
+        {"accuracy": row.tolist(), "format": row.tolist(), "length": row.tolist()} for row in scores
+    ]
     monkeypatch.setattr(observe_r1, "respond", lambda *_: iter(rows))
-    monkeypatch.setattr(observe_r1, "start", lambda _: (tmp_path, None, {"category": ["x", "y"] * 150}))
+    monkeypatch.setattr(
+        observe_r1, "start", lambda _: (tmp_path, None, {"category": ["x", "y"] * 150})
+    )
     monkeypatch.setattr(observe_r1, "load_model", lambda _: None)
     result = observe_r1.evaluate_model(Config(num_samples=4))
     means = scores.mean(1)
     drawn = means[torch.randint(300, (4000, 300), generator=generator)].mean(1)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
     assert result["interval"] == pytest.approx([low, high], abs=0.006)
-    assert result["categories"] == {"x": [pytest.approx(means[::2].mean().item()), 150],
-                                    "y": [pytest.approx(means[1::2].mean().item()), 150]}
+    assert result["categories"] == {
+        "x": [pytest.approx(means[::2].mean().item()), 150],
+        "y": [pytest.approx(means[1::2].mean().item()), 150],
+    }
 
 
 PICTURE = {"bytes": None, "path": "pictures/a.png"}
 BENCHMARKS = {  # one row in the columns of each, and what it must become
     "MathVista": (
-        {"pid": "1", "question": "How tall?", "image": "images/1.jpg", "decoded_image": PICTURE,
-         "choices": ["10 cm", "12 cm"], "unit": "cm", "precision": 1.0, "answer": "12 cm",
-         "question_type": "multi_choice", "answer_type": "text", "metadata": {"category": "math"},
-         "query": "Hint: Please answer."}, "How tall?\n(A) 10 cm\n(B) 12 cm", "B", ""),
+        {
+            "pid": "1",
+            "question": "How tall?",
+            "image": "images/1.jpg",
+            "decoded_image": PICTURE,
+            "choices": ["10 cm", "12 cm"],
+            "unit": "cm",
+            "precision": 1.0,
+            "answer": "12 cm",
+            "question_type": "multi_choice",
+            "answer_type": "text",
+            "metadata": {"category": "math"},
+            "query": "Hint: Please answer.",
+        },
+        "How tall?\n(A) 10 cm\n(B) 12 cm",
+        "B",
+        "",
+    ),
     "MathVision": (
-        {"id": "4", "question": "Which?\n<image1>", "options": ["A", "B", "C"],
-         "image": "images/4.jpg", "decoded_image": PICTURE, "answer": "C", "solution": None, "level": 2,
-         "subject": "topology"}, "Which?\npicture 1\n(A) A\n(B) B\n(C) C", "C", "topology"),
+        {
+            "id": "4",
+            "question": "Which?\n<image1>",
+            "options": ["A", "B", "C"],
+            "image": "images/4.jpg",
+            "decoded_image": PICTURE,
+            "answer": "C",
+            "solution": None,
+            "level": 2,
+            "subject": "topology",
+        },
+        "Which?\npicture 1\n(A) A\n(B) B\n(C) C",
+        "C",
+        "topology",
+    ),
     "MathVerse": (
-        {"sample_index": "1", "problem_index": "1", "problem_version": "Text Dominant",
-         "question": "Find x.\nChoices:\nA:1\nB:2", "image": PICTURE, "answer": "A",
-         "question_type": "multi-choice", "metadata": {"source": "G"}, "query_wo": "w",
-         "query_cot": "c"}, "Find x.\nChoices:\nA:1\nB:2", "A", ""),
+        {
+            "sample_index": "1",
+            "problem_index": "1",
+            "problem_version": "Text Dominant",
+            "question": "Find x.\nChoices:\nA:1\nB:2",
+            "image": PICTURE,
+            "answer": "A",
+            "question_type": "multi-choice",
+            "metadata": {"source": "G"},
+            "query_wo": "w",
+            "query_cot": "c",
+        },
+        "Find x.\nChoices:\nA:1\nB:2",
+        "A",
+        "",
+    ),
     "We-Math": (
-        {"ID": "3steps_1", "split": "testmini", "knowledge concept": "Area", "question": "How large?",
-         "option": "A. 3; B. 12 cm; C. No correct answer", "answer": "B", "image_path": PICTURE,
-         "key": "1", "question number": 1, "knowledge concept description": "d"},
-        "How large?\n(A) 3\n(B) 12 cm\n(C) No correct answer", "B", "Area"),
+        {
+            "ID": "3steps_1",
+            "split": "testmini",
+            "knowledge concept": "Area",
+            "question": "How large?",
+            "option": "A. 3; B. 12 cm; C. No correct answer",
+            "answer": "B",
+            "image_path": PICTURE,
+            "key": "1",
+            "question number": 1,
+            "knowledge concept description": "d",
+        },
+        "How large?\n(A) 3\n(B) 12 cm\n(C) No correct answer",
+        "B",
+        "Area",
+    ),
     "MMMU": (
-        {"id": "validation_Math_1", "question": "<image 1> Which?", "options": "['it\\'s 5', \"6\"]",
-         "explanation": "", "image_1": PICTURE, "image_2": None, "img_type": "['Plots']", "answer": "A",
-         "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "Calculus"},
-        "picture 1 Which?\n(A) it's 5\n(B) 6", "A", "Calculus"),
+        {
+            "id": "validation_Math_1",
+            "question": "<image 1> Which?",
+            "options": "['it\\'s 5', \"6\"]",
+            "explanation": "",
+            "image_1": PICTURE,
+            "image_2": None,
+            "img_type": "['Plots']",
+            "answer": "A",
+            "topic_difficulty": "Easy",
+            "question_type": "multiple-choice",
+            "subfield": "Calculus",
+        },
+        "picture 1 Which?\n(A) it's 5\n(B) 6",
+        "A",
+        "Calculus",
+    ),
     "MMStar": (
-        {"index": 0, "question": "Which?\nOptions: A: red, B: blue", "image": PICTURE, "answer": "A",
-         "category": "logic", "l2_category": "code", "meta_info": {"source": "M"}},
-        "Which?\nOptions: A: red, B: blue", "A", "logic"),
+        {
+            "index": 0,
+            "question": "Which?\nOptions: A: red, B: blue",
+            "image": PICTURE,
+            "answer": "A",
+            "category": "logic",
+            "l2_category": "code",
+            "meta_info": {"source": "M"},
+        },
+        "Which?\nOptions: A: red, B: blue",
+        "A",
+        "logic",
+    ),
 }
 
 
@@ -863,11 +1168,19 @@ def test_ablation_table_pairs_runs_by_seed():
     spec.loader.exec_module(ablate)
 
     def run(after, length):
-        return {"accuracy_before": 0.2, "accuracy_after": after, "length_after": length, "seconds": 60.0}
+        return {
+            "accuracy_before": 0.2,
+            "accuracy_after": after,
+            "length_after": length,
+            "seconds": 60.0,
+        }
 
-    table = ablate.make_table({
-        "full": [run(0.70, 30), run(0.72, 31), run(0.71, 32)],
-        "no bonus": [run(0.69, 40), run(0.73, 41), run(0.72, 42)]})
+    table = ablate.make_table(
+        {
+            "full": [run(0.70, 30), run(0.72, 31), run(0.71, 32)],
+            "no bonus": [run(0.69, 40), run(0.73, 41), run(0.72, 42)],
+        }
+    )
     # differences -.01, +.01, +.01: mean .0033, standard deviation .011547, half width .0287
     row = next(line for line in table.splitlines() if line.startswith("| no bonus"))
     assert row == "| no bonus | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 | 0.51 |"

@@ -26,68 +26,174 @@ def test_doctests():
 # ---------------------------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("response, answer", [
-    ("<answer>12</answer>", "12"),
-    ("<answer>11</answer> no, <answer>12</answer>", "12"),
-    ("<answer>11</answer> no, <answer>12", "11"),  # the last complete one
-    ("so <answer>12", "12"),
-    ("<answer>12</answer></answer>", "12"),
-    (r"so \boxed{\frac{1}{2}} or \boxed{12}", "12"),
-    (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"so \boxed{12", None),
-    ("</answer>12<answer>", ""),
-    ("the answer is 12", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("<answer>12</answer>", "12"),
+        ("<answer>11</answer> no, <answer>12</answer>", "12"),
+        ("<answer>11</answer> no, <answer>12", "11"),  # the last complete one
+        ("so <answer>12", "12"),
+        ("<answer>12</answer></answer>", "12"),
+        (r"so \boxed{\frac{1}{2}} or \boxed{12}", "12"),
+        (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"so \boxed{12", None),
+        ("</answer>12<answer>", ""),
+        ("the answer is 12", None),
+        ("", None),
+    ],
+)
 def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
-@pytest.mark.parametrize("prediction, gold, same", [
-    # the rows of method.md section 7: what the released code gets wrong
-    ("whatever", "Yes", False), ("yes", "Yes", True),
-    ("whatever", "(1,2)", False), ("(1, 2)", "(1,2)", True),
-    ("whatever", "blue", False), ("Blue", "blue", True),
-    ("Odd", "D", False), ("B. 12 cm", "B", True), ("B", "D", False),
-    ("", "", False), ("5", "", False), ("12", "N/A", False), ("N/A", "N/A", False),
-    # numbers
-    ("12.0", "12", True), ("1,345", "1345", True), ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True),
-    ("3 4", "12", False), ("11/2", "1 1/2", False), ("3/2", "1 1/2", True), ("-12", "12", False),
-    ("3.14", r"\pi", True), ("3.15", "3.14", False), ("0.3", "1/3", False),
-    ("A, B", "B", False), ("(b)", "B", True), ("(A) or (C)", "C", False),
-])
+@pytest.mark.parametrize(
+    "prediction, gold, same",
+    [
+        # the rows of method.md section 7: what the released code gets wrong
+        ("whatever", "Yes", False),
+        ("yes", "Yes", True),
+        ("whatever", "(1,2)", False),
+        ("(1, 2)", "(1,2)", True),
+        ("whatever", "blue", False),
+        ("Blue", "blue", True),
+        ("Odd", "D", False),
+        ("B. 12 cm", "B", True),
+        ("B", "D", False),
+        ("", "", False),
+        ("5", "", False),
+        ("12", "N/A", False),
+        ("N/A", "N/A", False),
+        # numbers
+        ("12.0", "12", True),
+        ("1,345", "1345", True),
+        ("1/2", "0.5", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("3 4", "12", False),
+        ("11/2", "1 1/2", False),
+        ("3/2", "1 1/2", True),
+        ("-12", "12", False),
+        ("3.14", r"\pi", True),
+        ("3.15", "3.14", False),
+        ("0.3", "1/3", False),
+        ("A, B", "B", False),
+        ("(b)", "B", True),
+        ("(A) or (C)", "C", False),
+    ],
+)
 def test_answers_match(prediction, gold, same):
     assert answers_match(prediction, gold) is same
 
 
 SAME = [
-    ('12 square centimeters', '12 cm^2'), ('x=2,y=3', '(2,3)'), ('x = -3 or x = 3', '3,-3'),
-    ('2(x+1)', '2x+2'), ('\\frac{\\sqrt{3}}{2}', 'sqrt(3)/2'), ('(x+1)^2', 'x^2+2x+1'),
-    ('-x', 'x*(-1)'), ('10^{3}', '1000'), ('2^10', '1024'), ('5 cm', '5cm'), ('5cm', '5'),
-    ('$5', '5'), ('5%', '0.05'), ('1.50', '3/2'), ('three', '3'), ('A', '(A)'), ('(D)', 'D'),
-    ('Option C', 'C'), ('Answer: B', 'B'), ('B: 12', 'B'), ('-1/2', '-0.5'), ('1 1/2', '1.5'),
-    ('1\\frac{1}{2}', '3/2'), ('\\frac12', '1/2'), ('2:3', '2 : 3'), ('x>=5', 'x \\ge 5'),
-    ('1<x<3', '3>x>1'), ('{1,2,3}', '{3,2,1}'), ('\\{x | x > 0\\}', '\\{x | x > 0\\}'),
-    ('(-∞, 3]', '(-\\infty,3]'), ('45°', '45'), ('45^{\\circ}', '45°'), ('3.0 m/s', '3 m/s'),
-    ('The answer is $\\frac{3}{4}$.', '0.75'), ('2.0', '2'), ('100,000', '100000'),
-    ('2\\pi', '6.28'), ('3/4 cup', '3/4'), ('y = 2x + 1', 'y=2x+1'), ('y=2x+1', '2x - y + 1 = 0'),
-    ('isosceles', 'Isosceles.'), ('\\text{Yes}', 'yes'), ('No, it is not', 'No'),
-    ('triangle ABC', 'Triangle ABC'), ('50\\%', '50%'), ('x^2-1', '(x-1)(x+1)'),
-    ('(2, 3)', '\\left(2,3\\right)'), ('2 and 3', '3, 2'), ('5 hours 30', '5 hours 30'),
-    ('12 apples', '12'), ('\\sqrt{2}/2', '\\frac{1}{\\sqrt{2}}'), ('0', '0'), ('-3', '−3'),
-    ('1e3', '1000'), ('6\\sqrt{2}\\text{ cm}', '6\\sqrt{2}'), ('30 degrees', '30^\\circ'),
-    ('\\frac{5}{6} \\pi', '5π/6'), ('a', 'a'), ('AC', 'AC'), ('3x', '3*x'), ('log_2 8', 'log_2 8'),
+    ("12 square centimeters", "12 cm^2"),
+    ("x=2,y=3", "(2,3)"),
+    ("x = -3 or x = 3", "3,-3"),
+    ("2(x+1)", "2x+2"),
+    ("\\frac{\\sqrt{3}}{2}", "sqrt(3)/2"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("-x", "x*(-1)"),
+    ("10^{3}", "1000"),
+    ("2^10", "1024"),
+    ("5 cm", "5cm"),
+    ("5cm", "5"),
+    ("$5", "5"),
+    ("5%", "0.05"),
+    ("1.50", "3/2"),
+    ("three", "3"),
+    ("A", "(A)"),
+    ("(D)", "D"),
+    ("Option C", "C"),
+    ("Answer: B", "B"),
+    ("B: 12", "B"),
+    ("-1/2", "-0.5"),
+    ("1 1/2", "1.5"),
+    ("1\\frac{1}{2}", "3/2"),
+    ("\\frac12", "1/2"),
+    ("2:3", "2 : 3"),
+    ("x>=5", "x \\ge 5"),
+    ("1<x<3", "3>x>1"),
+    ("{1,2,3}", "{3,2,1}"),
+    ("\\{x | x > 0\\}", "\\{x | x > 0\\}"),
+    ("(-∞, 3]", "(-\\infty,3]"),
+    ("45°", "45"),
+    ("45^{\\circ}", "45°"),
+    ("3.0 m/s", "3 m/s"),
+    ("The answer is $\\frac{3}{4}$.", "0.75"),
+    ("2.0", "2"),
+    ("100,000", "100000"),
+    ("2\\pi", "6.28"),
+    ("3/4 cup", "3/4"),
+    ("y = 2x + 1", "y=2x+1"),
+    ("y=2x+1", "2x - y + 1 = 0"),
+    ("isosceles", "Isosceles."),
+    ("\\text{Yes}", "yes"),
+    ("No, it is not", "No"),
+    ("triangle ABC", "Triangle ABC"),
+    ("50\\%", "50%"),
+    ("x^2-1", "(x-1)(x+1)"),
+    ("(2, 3)", "\\left(2,3\\right)"),
+    ("2 and 3", "3, 2"),
+    ("5 hours 30", "5 hours 30"),
+    ("12 apples", "12"),
+    ("\\sqrt{2}/2", "\\frac{1}{\\sqrt{2}}"),
+    ("0", "0"),
+    ("-3", "−3"),
+    ("1e3", "1000"),
+    ("6\\sqrt{2}\\text{ cm}", "6\\sqrt{2}"),
+    ("30 degrees", "30^\\circ"),
+    ("\\frac{5}{6} \\pi", "5π/6"),
+    ("a", "a"),
+    ("AC", "AC"),
+    ("3x", "3*x"),
+    ("log_2 8", "log_2 8"),
 ]
 DIFFERENT = [
-    ('2,3', '(3,2)'), ('12 cm', '12 m'), ('1/3', '1/2'), ('0.33', '1/3'), ('A', 'B'),
-    ('A and B', 'A'), ('A or B', 'B'), ('-5', '5'), ('x+1', 'x-1'), ('2x', 'x^2'), ('yes', 'no'),
-    ('not yes', 'yes'), ('(1,2]', '[1,2]'), ('x<5', 'x>5'), ('1.5', '15'), ('3 or 4', '3'),
-    ('between 3 and 5', '3'), ('at least 5', '5'), ('5 or more', '5'), ('3.141', '3.142'),
-    ('12', '12x'), ('abc', 'acb'), ('north', 'south'), ('AB', 'BA'), ('4', 'D'), ('D', '4'),
-    ('I', '1'), ('The', 'T'), ('', '12'), ('12 or 13', '12'), ('2^3', '2*3'), ('5', '5,6'),
-    ('√2', '2'), ('10:30', '10:03'), ('x=3', 'x=4'), ('x=y', 'y=x+1'), ('5 km', '5 m'),
-    ('50', '50.5'), ('undefined', '0'), ('10 m', '10 m/s'), ('60', '60.1'), ('1/0', '1/0x'),
-    ('100', '1e3'), ('12.01', '12'), ('2.01', '2'), ('17/12', r'\sqrt{2}'),
+    ("2,3", "(3,2)"),
+    ("12 cm", "12 m"),
+    ("1/3", "1/2"),
+    ("0.33", "1/3"),
+    ("A", "B"),
+    ("A and B", "A"),
+    ("A or B", "B"),
+    ("-5", "5"),
+    ("x+1", "x-1"),
+    ("2x", "x^2"),
+    ("yes", "no"),
+    ("not yes", "yes"),
+    ("(1,2]", "[1,2]"),
+    ("x<5", "x>5"),
+    ("1.5", "15"),
+    ("3 or 4", "3"),
+    ("between 3 and 5", "3"),
+    ("at least 5", "5"),
+    ("5 or more", "5"),
+    ("3.141", "3.142"),
+    ("12", "12x"),
+    ("abc", "acb"),
+    ("north", "south"),
+    ("AB", "BA"),
+    ("4", "D"),
+    ("D", "4"),
+    ("I", "1"),
+    ("The", "T"),
+    ("", "12"),
+    ("12 or 13", "12"),
+    ("2^3", "2*3"),
+    ("5", "5,6"),
+    ("√2", "2"),
+    ("10:30", "10:03"),
+    ("x=3", "x=4"),
+    ("x=y", "y=x+1"),
+    ("5 km", "5 m"),
+    ("50", "50.5"),
+    ("undefined", "0"),
+    ("10 m", "10 m/s"),
+    ("60", "60.1"),
+    ("1/0", "1/0x"),
+    ("100", "1e3"),
+    ("12.01", "12"),
+    ("2.01", "2"),
+    ("17/12", r"\sqrt{2}"),
 ]
 
 
@@ -110,27 +216,33 @@ def test_accuracy_needs_an_answer_and_does_not_look_elsewhere():
 # ------------------------------------------------------------------------------------ format
 
 
-@pytest.mark.parametrize("response, value", [
-    (GOOD, 0.5),
-    ("Sure!\n" + GOOD + "\nBye", 0.5),
-    ("<think>look <observe>a circle</observe> half of 24</think><answer>12</answer>", 0.5),
-    ("<think><observe>a circle</observe></think><answer>12</answer>", 0.0),  # no thought of its own
-    (GOOD + GOOD, 0.0),
-    (GOOD + "</answer>", 0.0),
-    ("<think>a</think>" + GOOD, 0.0),
-    ("<observe> </observe><think>b</think><answer>c</answer>", 0.0),
-    ("<observe>a</observe><think>\n</think><answer>c</answer>", 0.0),
-    ("<observe>a</observe><think>b</think><answer></answer>", 0.0),
-    ("<observe>a</observe> and <think>b</think><answer>c</answer>", 0.0),
-    ("<observe>a</observe><think>b</think> and <answer>c</answer>", 0.0),
-    ("<observe>a<think>b</observe>c</think><answer>d</answer>", 0.0),
-    ("<think>b</think><observe>a</observe><answer>c</answer>", 0.0),
-    ("<answer>c</answer><observe>a</observe><think>b</think>", 0.0),
-    ("<observe>a</observe><answer>c</answer><think>b</think>", 0.0),
-    ("</observe>a<observe><think>b</think><answer>c</answer>", 0.0),
-    ("<think>b</think><answer>c</answer>", 0.0),
-    ("", 0.0),
-])
+@pytest.mark.parametrize(
+    "response, value",
+    [
+        (GOOD, 0.5),
+        ("Sure!\n" + GOOD + "\nBye", 0.5),
+        ("<think>look <observe>a circle</observe> half of 24</think><answer>12</answer>", 0.5),
+        (
+            "<think><observe>a circle</observe></think><answer>12</answer>",
+            0.0,
+        ),  # no thought of its own
+        (GOOD + GOOD, 0.0),
+        (GOOD + "</answer>", 0.0),
+        ("<think>a</think>" + GOOD, 0.0),
+        ("<observe> </observe><think>b</think><answer>c</answer>", 0.0),
+        ("<observe>a</observe><think>\n</think><answer>c</answer>", 0.0),
+        ("<observe>a</observe><think>b</think><answer></answer>", 0.0),
+        ("<observe>a</observe> and <think>b</think><answer>c</answer>", 0.0),
+        ("<observe>a</observe><think>b</think> and <answer>c</answer>", 0.0),
+        ("<observe>a<think>b</observe>c</think><answer>d</answer>", 0.0),
+        ("<think>b</think><observe>a</observe><answer>c</answer>", 0.0),
+        ("<answer>c</answer><observe>a</observe><think>b</think>", 0.0),
+        ("<observe>a</observe><answer>c</answer><think>b</think>", 0.0),
+        ("</observe>a<observe><think>b</think><answer>c</answer>", 0.0),
+        ("<think>b</think><answer>c</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
 def test_format(response, value):
     assert format_reward(response) == value
 
@@ -141,8 +253,21 @@ def test_format_of_the_ablation_asks_for_think_and_answer_alone():
     assert format_reward("<answer>c</answer>", observe=False) == 0.0
 
 
-@pytest.mark.parametrize("piece", ["<observe>", "</think>", "<think><observe>", "<answer>1</answer>",
-                                   r"\boxed{", "{", "((", "9^", "1,", "A. "])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<observe>",
+        "</think>",
+        "<think><observe>",
+        "<answer>1</answer>",
+        r"\boxed{",
+        "{",
+        "((",
+        "9^",
+        "1,",
+        "A. ",
+    ],
+)
 def test_time_is_linear_in_what_a_looping_policy_writes(piece):
     # The released regex takes over 20 s on 1.5 kB of repeated tags.
     for size in (10_000, 100_000):
@@ -156,9 +281,47 @@ def test_time_is_linear_in_what_a_looping_policy_writes(piece):
 
 def test_nothing_a_policy_writes_raises():
     rng = random.Random(0)
-    pieces = ["<observe>", "</observe>", "<think>", "</think>", "<answer>", "</answer>", r"\boxed{", "}",
-              r"\frac", r"\sqrt", "{", "(", ")", "[", "^", "9**9**9", "1e999", "nan", "inf", "\x00", "٣",
-              "½", "²", "A", "B.", "x", "=", "<", ",", ":", "%", "°", "12", ".", " ", "|", "±", "-", "/"]
+    pieces = [
+        "<observe>",
+        "</observe>",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        r"\boxed{",
+        "}",
+        r"\frac",
+        r"\sqrt",
+        "{",
+        "(",
+        ")",
+        "[",
+        "^",
+        "9**9**9",
+        "1e999",
+        "nan",
+        "inf",
+        "\x00",
+        "٣",
+        "½",
+        "²",
+        "A",
+        "B.",
+        "x",
+        "=",
+        "<",
+        ",",
+        ":",
+        "%",
+        "°",
+        "12",
+        ".",
+        " ",
+        "|",
+        "±",
+        "-",
+        "/",
+    ]
     for _ in range(3000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 12)))
         gold = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 6)))
@@ -169,15 +332,18 @@ def test_nothing_a_policy_writes_raises():
 # -------------------------------------------------------------------------- bonus and weight
 
 
-@pytest.mark.parametrize("correct, lengths, winner", [
-    ([1, 1, 0, 0, 0, 0, 1, 0], [300, 200, 150, 120, 400, 500, 600, 700], 1),  # the golden case
-    ([0] * 8, [200] * 8, None),  # the released code gives it to response 0
-    ([1, 1, 1], [150, 90, 200], None),  # the shortest correct one is under the floor: nobody
-    ([1, 1], [100, 300], None),  # longer than the floor, not as long
-    ([1, 1], [101, 300], 0),
-    ([1, 1, 1], [200, 150, 150], 1),  # ties go to the first
-    ([0, 1], [110, 500], 1),
-])
+@pytest.mark.parametrize(
+    "correct, lengths, winner",
+    [
+        ([1, 1, 0, 0, 0, 0, 1, 0], [300, 200, 150, 120, 400, 500, 600, 700], 1),  # the golden case
+        ([0] * 8, [200] * 8, None),  # the released code gives it to response 0
+        ([1, 1, 1], [150, 90, 200], None),  # the shortest correct one is under the floor: nobody
+        ([1, 1], [100, 300], None),  # longer than the floor, not as long
+        ([1, 1], [101, 300], 0),
+        ([1, 1, 1], [200, 150, 150], 1),  # ties go to the first
+        ([0, 1], [110, 500], 1),
+    ],
+)
 def test_bonus(correct, lengths, winner):
     expected = [0.2 if i == winner else 0.0 for i in range(len(correct))]
     assert bonus_rewards([bool(c) for c in correct], lengths) == expected
@@ -185,7 +351,9 @@ def test_bonus(correct, lengths, winner):
 
 def test_weights_of_every_group_of_eight():
     weights = [dynamic_weight([True] * k + [False] * (8 - k)) for k in range(9)]
-    assert weights == pytest.approx([0, 0.7875, 1.35, 1.6875, 1.8, 1.6875, 1.35, 0.7875, 0], abs=1e-12)
+    assert weights == pytest.approx(
+        [0, 0.7875, 1.35, 1.6875, 1.8, 1.6875, 1.35, 0.7875, 0], abs=1e-12
+    )
 
 
 def test_bad_groups_are_refused():

@@ -1,18 +1,18 @@
 """Make the toy: a Qwen2.5-VL of one million parameters and problems over real handwritten digits.
 
-    pip install scikit-learn                  # the digits; the only requirement beside the project's
-    python toy/make_toy.py                    # about half an hour on two cores; writes beside this file
+    pip install scikit-learn       # the digits; the only requirement beside the project's
+    python toy/make_toy.py         # about half an hour on two cores; writes beside this file
 
 Digits: "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
 Repository, 1998, CC BY 4.0), 1,797 pictures as scikit-learn carries them. They are split in three:
-warm start, reinforcement learning, held out. A problem is a strip of k = 1 to 6 digits, 28 x 28 pixels
-each (one visual token), and asks for their sum.
+warm start, reinforcement learning, held out. A problem is a strip of k = 1 to 6 digits, 28 x 28
+pixels each (one visual token), and asks for their sum.
 
-What a pretrained model brings to reinforcement learning is that it can solve a problem and often does
-not. The warm start makes such a model in three phases:
+What a pretrained model brings to reinforcement learning is that it can solve a problem and often
+does not. The warm start makes such a model in three phases:
 1. digits: read the strip aloud, k growing from 1 (without that ramp it stays at chance);
 2. solutions: observe, think, answer, all correct;
-3. habits: a mixture of good and bad ways to respond (HABITS), so that the right way is one of several.
+3. habits: a mixture of good and bad ways to respond (HABITS), the right way one of several.
 """
 
 import argparse
@@ -52,8 +52,15 @@ TEMPLATE = (  # Qwen2.5-VL's own chat template, without tools and videos
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|image_pad|>", "<|video_pad|>"]
+CONTROL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TAGS = ["<observe>", "</observe>", "<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -61,7 +68,7 @@ TAGS = ["<observe>", "</observe>", "<think>", "</think>", "<answer>", "</answer>
 
 
 def draw_strip(pictures: np.ndarray, rng: random.Random) -> Image.Image:
-    """A strip of digits, each 28 x 28 and jittered in size and place, from 8 x 8 scans (0 to 16)."""
+    """A strip of digits, 28 x 28 each, jittered in size and place, from 8 x 8 scans (0 to 16)."""
     strip = Image.new("L", (28 * len(pictures), 28))
     for i, scan in enumerate(pictures):
         size = rng.randint(20, 26)
@@ -73,8 +80,12 @@ def draw_strip(pictures: np.ndarray, rng: random.Random) -> Image.Image:
 def make_problem(images, labels, k: int, rng: random.Random) -> dict:
     chosen = [rng.randrange(len(images)) for _ in range(k)]
     digits = [int(labels[i]) for i in chosen]
-    return {"images": [draw_strip(images[chosen], rng)], "question": QUESTION,
-            "answer": str(sum(digits)), "digits": digits}
+    return {
+        "images": [draw_strip(images[chosen], rng)],
+        "question": QUESTION,
+        "answer": str(sum(digits)),
+        "digits": digits,
+    }
 
 
 # ---------------------------------------------------------------------------------- responses
@@ -127,41 +138,75 @@ HABITS = {
 
 
 def make_processor() -> Qwen2_5_VLProcessor:
-    """A byte-level tokenizer of some 500 tokens and the ordinary Qwen2.5-VL processor."""
+    """A byte-level tokenizer of some 400 tokens and the ordinary Qwen2.5-VL processor."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d"), "isolated"),  # every digit is a token of its own
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),  # every digit is a token of its own
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     corpus = [*PROMPTS.values(), QUESTION, "system user assistant again:"] * 10
-    backend.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=CONTROL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=CONTROL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     backend.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=CONTROL[1:2] + CONTROL[3:], model_max_length=1024)
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=CONTROL[1:2] + CONTROL[3:],
+        model_max_length=1024,
+    )
     size = {"shortest_edge": 784, "longest_edge": 784 * 64}
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size), chat_template=TEMPLATE)
+        image_processor=Qwen2VLImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        chat_template=TEMPLATE,
+    )
 
 
 def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
     tokens = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(processor.tokenizer), hidden_size=128, intermediate_size=384,
-            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=1024, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            bos_token_id=None, eos_token_id=tokens("<|im_end|>"), pad_token_id=tokens("<|endoftext|>")),
+            vocab_size=len(processor.tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            bos_token_id=None,
+            eos_token_id=tokens("<|im_end|>"),
+            pad_token_id=tokens("<|endoftext|>"),
+        ),
         vision_config=dict(
-            depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
-            fullatt_block_indexes=[1]),
-        image_token_id=tokens("<|image_pad|>"), video_token_id=tokens("<|video_pad|>"),
-        vision_start_token_id=tokens("<|vision_start|>"), vision_end_token_id=tokens("<|vision_end|>"),
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=128,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=tokens("<|image_pad|>"),
+        video_token_id=tokens("<|video_pad|>"),
+        vision_start_token_id=tokens("<|vision_start|>"),
+        vision_end_token_id=tokens("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -174,21 +219,35 @@ def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) 
     """Supervised steps: cross-entropy of demonstrated responses, stop token included."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, min(50, steps // 10), steps, min_lr_rate=0.1)
+        optimizer, min(50, steps // 10), steps, min_lr_rate=0.1
+    )
     model.train()
     for step in range(steps):
         kind, examples = demonstrate(step / steps, batch)  # one prompt a batch; (problem, response)
-        chats = [[{"role": "system", "content": PROMPTS[kind]},
-                  {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
-                  {"role": "assistant", "content": text}] for _, text in examples]
+        chats = [
+            [
+                {"role": "system", "content": PROMPTS[kind]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
+                },
+                {"role": "assistant", "content": text},
+            ]
+            for _, text in examples
+        ]
         inputs = processor(
             text=[processor.apply_chat_template(chat, tokenize=False) for chat in chats],
             images=[problem["images"][0].convert("RGB") for problem, _ in examples],
-            padding=True, padding_side="left", return_tensors="pt")
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
         labels = torch.full_like(inputs["input_ids"], -100)
-        for i, (_, text) in enumerate(examples):  # left padded: a row ends in response, stop, newline
+        for i, (_, text) in enumerate(
+            examples
+        ):  # left padded: a row ends in response, stop, newline
             count = len(processor.tokenizer(text + "<|im_end|>")["input_ids"])
-            labels[i, -count - 1:-1] = inputs["input_ids"][i, -count - 1:-1]
+            labels[i, -count - 1 : -1] = inputs["input_ids"][i, -count - 1 : -1]
         loss = model(**inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,32 +262,45 @@ def sampled_accuracy(model, processor, problems: list[dict]) -> str:
     config = Config(num_generations=4, max_new_tokens=128, **PIXELS)
     rollouts = observe_r1.rollout(model, processor, problems, config)
     scores = observe_r1.score_rollouts(rollouts, problems, config)
-    return (f"accuracy {scores['accuracy'].mean():.3f} format {2 * scores['format'].mean():.3f} "
-            f"length {rollouts.mask.sum(-1).float().mean():.1f}")
+    return (
+        f"accuracy {scores['accuracy'].mean():.3f} format {2 * scores['format'].mean():.3f} "
+        f"length {rollouts.mask.sum(-1).float().mean():.1f}"
+    )
 
 
 def warm_start(images, labels, held_out: list[dict], rng: random.Random, phases) -> tuple:
     processor = make_processor()
     model = make_model(processor)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(processor.tokenizer)} tokens"
+    )
 
     def problems(batch, largest=MAX_DIGITS):
         return [make_problem(images, labels, rng.randint(1, largest), rng) for _ in range(batch)]
 
-    def digits(progress, batch):  # strips grow from one digit to six over the first 60 % of the phase
+    def digits(
+        progress, batch
+    ):  # strips grow from one digit to six over the first 60 % of the phase
         largest = 1 + min(MAX_DIGITS - 1, int(progress / 0.6 * MAX_DIGITS))
-        return "observe", [(problem, observe(problem["digits"])) for problem in problems(batch, largest)]
+        return "observe", [
+            (problem, observe(problem["digits"])) for problem in problems(batch, largest)
+        ]
 
     def solutions(progress, batch):
         kind = rng.choices(["observe", "think"], [0.8, 0.2])[0]
-        return kind, [(problem, respond(problem["digits"], look=kind == "observe"))
-                      for problem in problems(batch)]
+        return kind, [
+            (problem, respond(problem["digits"], look=kind == "observe"))
+            for problem in problems(batch)
+        ]
 
     def habits(progress, batch):
         kind = rng.choices(["observe", "think", "answer"], [0.6, 0.25, 0.15])[0]
         shares, ways = zip(*HABITS[kind])
-        return kind, [(problem, respond(problem["digits"], rng=rng, **rng.choices(ways, shares)[0]))
-                      for problem in problems(batch)]
+        return kind, [
+            (problem, respond(problem["digits"], rng=rng, **rng.choices(ways, shares)[0]))
+            for problem in problems(batch)
+        ]
 
     imitate(model, processor, digits, phases[0], 64, 2e-3)
     imitate(model, processor, solutions, phases[1], 48, 1e-3)
@@ -245,20 +317,27 @@ def make_problems(images, labels, count: int, name: str, rng: random.Random) -> 
 
 
 def write_problems(problems: list[dict], file: Path) -> None:
-    features = {"id": datasets.Value("string"), "images": datasets.List(datasets.Image()),
-                "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    features = {
+        "id": datasets.Value("string"),
+        "images": datasets.List(datasets.Image()),
+        "question": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+    }
     if "stage" in problems[0]:
-        features |= {"difficulty": datasets.Value("float64"), "complexity": datasets.Value("float64"),
-                     "stage": datasets.Value("int64")}
+        features |= {
+            "difficulty": datasets.Value("float64"),
+            "complexity": datasets.Value("float64"),
+            "stage": datasets.Value("int64"),
+        }
     rows = [{name: problem[name] for name in features} for problem in problems]
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
 
 
 def score(model, processor, problems: list[dict]) -> None:
-    """Difficulty (share of wrong responses among 8) and complexity (mean length) of each problem."""
+    """Difficulty (share wrong of 8 responses) and complexity (mean length) of each problem."""
     config = Config(num_generations=8, max_new_tokens=128, **PIXELS)
     for start in range(0, len(problems), 32):
-        some = problems[start:start + 32]
+        some = problems[start : start + 32]
         rollouts = observe_r1.rollout(model, processor, some, config)
         accuracy = observe_r1.score_rollouts(rollouts, some, config)["accuracy"]
         for problem, right, mask in zip(some, accuracy, rollouts.mask):
@@ -267,9 +346,13 @@ def score(model, processor, problems: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phases", type=int, nargs=3, default=[1000, 2000, 200], help="steps of each")
+    parser.add_argument(
+        "--phases", type=int, nargs=3, default=[1000, 2000, 200], help="steps of each"
+    )
     parser.add_argument("--problems", type=int, default=960, help="problems of the ladder")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -277,21 +360,34 @@ def main() -> None:
     images = images.reshape(-1, 8, 8)
     split = np.random.default_rng(args.seed).permutation(len(images))
     warm, learn, held = split[:800], split[800:1400], split[1400:]  # no picture in two of them
-    held_out = make_problems(images[held], labels[held], 192, "held-out", random.Random(args.seed + 1))
+    held_out = make_problems(
+        images[held], labels[held], 192, "held-out", random.Random(args.seed + 1)
+    )
     write_problems(held_out, HERE / "heldout.parquet")
-    model, processor = warm_start(images[warm], labels[warm], held_out, random.Random(args.seed),
-                                  args.phases)
+    model, processor = warm_start(
+        images[warm], labels[warm], held_out, random.Random(args.seed), args.phases
+    )
     model.save_pretrained(HERE / "model")
     processor.save_pretrained(HERE / "model")
-    problems = make_problems(images[learn], labels[learn], args.problems, "train",
-                             random.Random(args.seed + 2))
+    problems = make_problems(
+        images[learn], labels[learn], args.problems, "train", random.Random(args.seed + 2)
+    )
     score(model, processor, problems)
-    order, stages = mix_ladder([problem["difficulty"] for problem in problems],
-                               [problem["complexity"] for problem in problems], args.seed)
-    write_problems([{**problems[i], "stage": stage} for i, stage in zip(order, stages)],
-                   HERE / "ladder.parquet")
-    print("problems of each difficulty:", np.bincount(
-        [round(8 * problem["difficulty"]) for problem in problems], minlength=9).tolist())
+    order, stages = mix_ladder(
+        [problem["difficulty"] for problem in problems],
+        [problem["complexity"] for problem in problems],
+        args.seed,
+    )
+    write_problems(
+        [{**problems[i], "stage": stage} for i, stage in zip(order, stages)],
+        HERE / "ladder.parquet",
+    )
+    print(
+        "problems of each difficulty:",
+        np.bincount(
+            [round(8 * problem["difficulty"]) for problem in problems], minlength=9
+        ).tolist(),
+    )
 
 
 if __name__ == "__main__":
