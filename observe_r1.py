@@ -342,9 +342,10 @@ def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.T
     position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [B*G]
     ids, stop = position.new_zeros(len(position), config.max_new_tokens), position.new_tensor(stop)
     length, alive = torch.zeros_like(position), torch.arange(len(ids), device=ids.device)
+    banned = vision_tokens(model)
     for t in range(config.max_new_tokens):
         logits = model.lm_head(hidden).float()  # [responses still being written, V]
-        logits[:, vision_tokens(model)] = -torch.inf
+        logits[:, banned] = -torch.inf
         if config.temperature == 0:
             token = logits.argmax(-1)
         else:
@@ -644,11 +645,12 @@ def mean_scores(rows) -> dict[str, float]:
 
 def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
     """mean_scores of the held-out problems, with --num_samples sampled responses each, one seed."""
+    if not state.held_out:
+        return {}
     samples = max(1, config.num_samples)
     size = max(1, config.prompts_per_step * config.num_generations // samples)
     sampling = replace(config, num_generations=samples, prompts_per_step=size)
-    rows = respond(state.model, state.processor, state.held_out or [], sampling, rollout)
-    return mean_scores(rows) if state.held_out else {}
+    return mean_scores(respond(state.model, state.processor, state.held_out, sampling, rollout))
 
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""

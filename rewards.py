@@ -305,12 +305,13 @@ def _text(text: str) -> str:
 
 def _same(a: str, b: str) -> bool:
     """Two cleaned answers, no choices: the rows of the table in the module docstring."""
-    if _text(a) == _text(b):
-        return bool(_text(b))
+    plain_a, plain_b = _text(a), _text(b)
+    if plain_a == plain_b:
+        return bool(plain_b)
     if max(len(a), len(b)) > MAX_LENGTH:
         return False
-    if _text(b) in ("yes", "no", "true", "false"):
-        return bool(re.match(_text(b) + "[,.;]", a.lower()))
+    if plain_b in ("yes", "no", "true", "false"):
+        return bool(re.match(plain_b + "[,.;]", a.lower()))
     lists = _items(a), _items(b)
     if all(lists):
         return _same_list(*lists)
@@ -321,8 +322,9 @@ def _same(a: str, b: str) -> bool:
     if ":" in a and ":" in b:
         a, b = a.split(":"), b.split(":")
         return len(a) == len(b) and all(_same(x.strip(), y.strip()) for x, y in zip(a, b))
-    a, b = a.replace(":", "/"), b.replace(":", "/")
-    return _same_quantity(*(_text(x) if _text(x).isdigit() else x for x in (a, b)))
+    a, b = (plain if plain.isdigit() else x.replace(":", "/")
+            for plain, x in ((plain_a, a), (plain_b, b)))  # "three" is 3
+    return _same_quantity(a, b)
 
 _UNREADABLE = {"n/a", "nan", "null", "", "?", "-"}
 
