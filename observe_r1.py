@@ -12,12 +12,16 @@ encoded once; no prompt is cut and no problem dropped; accuracy is kept apart fr
 Shapes: B prompts, G responses each, P prompt tokens, T response tokens, N responses (or tokens) in
 a flat list, H hidden size, V vocabulary.
 """
+import hashlib
 import json
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +32,12 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from PIL.Image import DecompressionBombError
 from qwen_vl_utils import process_vision_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +47,8 @@ from transformers.hf_argparser import HfArg
 from report import rollout_row, write_report
 from rewards import (
     accuracy_reward, answers_match, bonus_rewards, dynamic_weight, extract_answer, format_reward)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 @dataclass
 class Config:
@@ -76,7 +87,10 @@ class Config:
     freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
     eval_steps: int = HfArg(default=0, help="measure held-out accuracy every so many steps")
     num_samples: int = HfArg(default=0, help="responses sampled a problem in eval; 0: one, greedy")
-    save_steps: int = HfArg(default=0, help="also save the model every so many steps")
+    save_steps: int = HfArg(default=0, help="write a checkpoint every so many steps")
+    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints that stay; 0: all")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint of --output_dir")
+    cpu_offload: bool = HfArg(default=False, help="weights and moments in host memory (torchrun)")
     clean_model: str = HfArg(default="", help="ladder: model that must fail without reasoning")
     drop_easy: bool = HfArg(default=True, help="ladder: drop short problems that are always solved")
     drop_hardest: bool = HfArg(default=False, help="ladder: drop problems that are never solved")
@@ -109,7 +123,8 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
 
     source: hub id, folder, or file of a type in READERS; picture paths start at its folder. With
     processor and Config each prompt is encoded once, to measure it. A ValueError names the first
-    rows that cannot be used: no or damaged picture, empty or impossible answer, prompt too long.
+    row that cannot be used: no or damaged picture, empty or impossible answer, control tokens in
+    the question, prompt too long.
     """
     path, reader = Path(source), READERS.get(Path(source).suffix.lower())
     try:
@@ -122,9 +137,9 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
     for ours in ("question", "answer"):
         if names[ours] is None:
             raise ValueError(f"{source}: no column {COLUMNS[ours]}, only {raw.column_names}")
-    scores = {"difficulty", "complexity", "stage"} & set(raw.column_names)
+    scores = [n for n in ("difficulty", "complexity", "stage") if n in raw.column_names]
     features = {name: datasets.Value("string")
-                for name in ("id", "question", "answer", "category", "error")}
+                for name in ("id", "question", "answer", "category")}
     features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
     for name, feature in raw.features.items():  # pictures stay bytes or a path until looked at
         if isinstance(feature, datasets.Image):
@@ -133,19 +148,14 @@ def load_problems(source: str, split: str = "train", processor=None, config=None
             raw = raw.cast_column(name, datasets.List(datasets.Image(decode=False)))
     read = partial(_read_row, names=names, folder=path.parent if reader else path,
                    processor=processor, config=config)
-    problems = raw.map(  # never from the cache: a picture mended on disk must be looked at again
-        read, with_indices=True, remove_columns=list(set(raw.column_names) - scores),
+    return raw.map(  # never from the cache: a picture mended on disk must be looked at again
+        read, with_indices=True, remove_columns=[n for n in raw.column_names if n not in scores],
         features=datasets.Features(features), load_from_cache_file=False, desc=path.name)
-    bad = [error for error in problems["error"] if error]
-    if bad:
-        raise ValueError(f"{source}: {len(bad)} of {len(problems)} rows cannot be used; mend or "
-                         "remove them. The first:\n  " + "\n  ".join(bad[:5]))
-    return problems.remove_columns("error")
 
 def _read_row(row: dict, index: int, names: dict, folder: Path, processor, config) -> dict:
-    """One row in our columns; what is wrong goes into `error`, so that all rows are read."""
+    """One row in our columns, after a look at all that training will need of it."""
     value = {ours: row[name] if name else None for ours, name in names.items()}
-    out = {"id": str(index if value["id"] is None else value["id"]), "images": [], "error": "",
+    out = {"id": str(index if value["id"] is None else value["id"]), "images": [],
            "category": str(value["category"] or "")}
     try:
         question, pictures = _read_message(value["question"])
@@ -162,13 +172,16 @@ def _read_row(row: dict, index: int, names: dict, folder: Path, processor, confi
             raise ValueError("the question or the answer is empty")
         images = [datasets.Image().decode_example(picture) for picture in out["images"]]
         if processor is not None:
+            tokens = processor.tokenizer.added_tokens_decoder.values()
+            if found := [t.content for t in tokens if t.special and t.content in out["question"]]:
+                raise ValueError(f"the question holds the control tokens {found}")
             prompt = encode_prompts([out | {"images": images}], processor, config)["input_ids"]
             if prompt.shape[1] > config.max_prompt_tokens:
                 raise ValueError(f"the prompt has {prompt.shape[1]} tokens, --max_prompt_tokens is "
                                  f"{config.max_prompt_tokens}; --max_pixels makes it shorter")
-    except (ValueError, OSError, SyntaxError) as error:  # what we raise, and what PIL does
-        out["error"] = f"row {index} (id {out['id']}): {error}"
-    return {"question": "", "answer": "", **out}
+    except (ValueError, OSError, SyntaxError, DecompressionBombError) as error:  # ours and PIL's
+        raise ValueError(f"row {index} (id {out['id']}) cannot be used: {error}") from error
+    return out
 
 def _read_message(question) -> tuple[str, list]:
     """Text and pictures of a plain question or of chat messages (a list, or its JSON string)."""
@@ -198,6 +211,12 @@ def _add_options(question: str, answer, options) -> tuple[str, str]:
         raise ValueError(f"the answer {answer!r} is none of the options {texts}")
     return "\n".join([question, *(f"({a}) {b}" for a, b in zip(letters, texts))]), letter
 
+def _eight_bit(image):
+    """A picture that qwen-vl-utils shows right: 16 bits scaled down, transparency made explicit."""
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value / 257).convert("L")
+    return image.convert("RGBA") if image.has_transparency_data else image
+
 def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
     """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
 
@@ -206,7 +225,7 @@ def encode_prompts(problems: list[dict], processor, config: Config) -> transform
     """
     system, chats = config.system_prompt or PROMPTS["observe" if config.observe else "think"], []
     for problem in problems:
-        pictures = [{"type": "image", "image": image, "min_pixels": config.min_pixels,
+        pictures = [{"type": "image", "image": _eight_bit(image), "min_pixels": config.min_pixels,
                      "max_pixels": config.max_pixels} for image in problem["images"]]
         user = [*pictures, {"type": "text", "text": problem["question"]}]
         chats.append([{"role": "system", "content": system}, {"role": "user", "content": user}])
@@ -493,82 +512,155 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
 # ---------------------------------------------------------------------------------------- training
 def train(config: Config, rollout=rollout) -> dict:
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
-    started, state, output = time.time(), prepare(config), Path(config.output_dir)
-    before = evaluate(state, config, rollout)
-    progress = tqdm(state.steps, unit="step", desc="training")
-    for rows in progress:  # easy to hard
+    started, state, output = time.time(), prepare(config, rollout), Path(config.output_dir)
+    progress = tqdm(state.steps, unit="step", desc="training", disable=RANK > 0)
+    progress.update(state.step)  # above 0 if resumed
+    for rows in state.steps[state.step:]:  # easy to hard
         clock = time.time()
-        problems = list(state.problems.select(rows))
-        rollouts = rollout(state.model, state.processor, problems, config)  # B x G responses
+        transformers.set_seed(hash((config.seed, state.step, RANK)) % 2**32)  # resume needs no more
+        problems = list(state.problems.select(rows[RANK::WORLD]))
+        with gathered(state.model):
+            rollouts = rollout(state.model, state.processor, problems, config)  # B x G responses
         scores = score_rollouts(rollouts, problems, config)  # accuracy + format + bonus, and w(d)
         advantages = group_advantages(scores["reward"], scores["weight"])  # w (r - mean) / std
         metrics = update(state, rollouts, advantages, config)  # GRPO
         state.step += 1
         if state.held_out and config.eval_steps and state.step % config.eval_steps == 0:
-            metrics["eval_accuracy"] = evaluate(state, config, rollout)["accuracy"]
-        if config.save_steps and state.step % config.save_steps == 0:
-            save_model(state, output / f"checkpoint-{state.step}")
+            metrics["eval_accuracy"] = measure(state, config, rollout)["accuracy"]
         metrics["seconds"] = round(time.time() - clock, 3)
         log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
+        if config.save_steps and state.step % config.save_steps == 0 or any(gather(state.stop)):
+            save_checkpoint(state, config)
+        if any(gather(state.stop)):
+            raise SystemExit(f"stopped after step {state.step}; --resume true goes on from there")
     save_model(state, output / "final")
-    after = evaluate(state, config, rollout)
     summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
-    for when, means in (("before", before), ("after", after)):
+    for when, means in (("before", state.before), ("after", measure(state, config, rollout))):
         summary |= {f"{name}_{when}": round(value, 4) for name, value in means.items()}
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    write_report(output)
-    print(f"{json.dumps(summary)}\nthe model is {output / 'final'}; see {output / 'report.html'}")
+    if RANK == 0:
+        (output / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_report(output)
+        print(f"{json.dumps(summary)}\nthe model is {output}/final; see {output}/report.html")
     return summary
 
 def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) -> dict:
     """The optimiser steps of one rollout: mini-batches of whole groups, one group a backward pass.
 
     A group whose advantages are all zero is skipped, its KL too; it counts in the denominator.
+    Under torchrun rollouts holds every WORLD-th prompt of the step, from number RANK on.
     """
     advantages = advantages.to(rollouts.mask.device)  # [B,G]
     trained = advantages.any(1).nonzero().flatten().tolist()
-    minibatches = torch.arange(len(advantages)).split(config.minibatch_prompts)
     P, (_, G, T) = rollouts.prompt["input_ids"].shape[1], rollouts.mask.shape
     size = max(1, (config.token_budget - P) // T)  # responses that share a backward pass
     passes = [(row, slice(start, start + size)) for row in trained for start in range(0, G, size)]
+    prompts = sum(gather(len(advantages)))  # of all processes
+    minibatches = torch.arange(prompts).split(config.minibatch_prompts)
     old = ref = [None] * len(passes)
     with torch.no_grad():
         if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
-            old = [group_log_probs(state.model, rollouts, *which, config) for which in passes]
+            with gathered(state.model):
+                old = [group_log_probs(state.model, rollouts, *which, config) for which in passes]
         if state.reference is not None:
-            ref = [group_log_probs(state.reference, rollouts, *which, config) for which in passes]
-    totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}, []
+            with gathered(state.reference):
+                ref = [group_log_probs(state.reference, rollouts, *p, config) for p in passes]
+    totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "trained": len(trained)}, []
     state.model.train()
     for rows in minibatches:
-        mine = [i for i, (row, _) in enumerate(passes) if row in rows]
-        for i in mine:
-            row, part = passes[i]
-            log_probs = group_log_probs(state.model, rollouts, row, part, config)
+        mine = [i for i, (row, _) in enumerate(passes) if RANK + WORLD * row in rows]
+        most = max(gather(len(mine)))  # all processes make as many passes, or they would wait
+        for i in mine + [None] * (most - len(mine)):
+            row, part = (0, slice(0, 1)) if i is None else passes[i]
+            log_probs = state.model.run(
+                group_log_probs, state.model, rollouts, row, part, config)
+            if i is None:
+                (0 * log_probs.sum()).backward()
+                continue
             loss, metrics = grpo_loss(
                 log_probs, log_probs.detach() if old[i] is None else old[i], ref[i],
                 advantages[row, part], rollouts.mask[row, part], config.clip_range, config.kl_coef,
-                num_responses=advantages[rows].numel())
-            loss.backward()
+                num_responses=len(rows) * G)
+            (WORLD * loss).backward()  # gradients are averaged over the processes
             totals["loss"] += loss.item() / len(minibatches)
             for name, value in metrics.items():
-                totals[name] += value * len(log_probs) / advantages[trained].numel()
-        if mine:  # without any, not even momentum may move the weights
-            parameters = state.model.parameters()
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.optimizer_step += 1
+                totals[name] += value * len(log_probs) / G
+        if most:  # without any, not even momentum may move the weights
+            norms.append(optimizer_step(state, config))
         rate = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
-    return {"optimizer_step": state.optimizer_step, **totals, "learning_rate": rate,
-            "grad_norm": sum(norms) / max(1, len(norms))}
+    totals = {name: sum(process[name] for process in gather(totals)) for name in totals}
+    groups = max(1, totals.pop("trained"))
+    return {"optimizer_step": state.optimizer_step, "loss": totals["loss"],
+            "kl": totals["kl"] / groups, "clip_fraction": totals["clip_fraction"] / groups,
+            "learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms)),
+            "skipped_updates": state.skipped}
+
+def optimizer_step(state, config: Config) -> float:
+    """Clip, step, return the gradient norm; without a step if it is NaN or infinite."""
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of the shards of all processes
+    if np.isfinite(norm):
+        state.optimizer.step()
+        state.optimizer_step += 1
+    state.skipped = 0 if np.isfinite(norm) else state.skipped + 1
+    state.optimizer.zero_grad()
+    return norm
+
+# ----------------------------------------------------------------------------- several processes
+# Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of the fp32
+# weights, gradients and moments (FSDP2).
+
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD > 1)
+
+def gather(value) -> list:
+    """The values of all processes, in the order of their ranks, on each of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+def shard(model, config: Config):
+    """Share the model out under torchrun. `model.run(f, ...)` is f(...) with the weights there.
+
+    FSDP collects the weights of a layer when it runs, in bf16 on a GPU, and those outside of layers
+    when the whole model is called. We call its parts, so `run` takes the place of that call.
+    """
+    def run(function, *arguments):  # text alone leaves no gradient in the vision tower of one
+        vision = [p for p in model.model.visual.parameters() if p.requires_grad]  # process: wait
+        return function(*arguments) + 0 * sum(p.flatten()[0] for p in vision)
+
+    model.run = lambda function, *arguments: function(*arguments)
+    if torch.distributed.is_initialized():
+        model.run = run
+        half = torch.bfloat16 if torch.cuda.is_available() else None
+        place = fsdp.CPUOffloadPolicy if config.cpu_offload else fsdp.OffloadPolicy
+        how = {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
+               "offload_policy": place()}
+        for part in (*model.model.language_model.layers, model):
+            fsdp.fully_shard(part, **how)
+        fsdp.register_fsdp_forward_method(model, "run")
+    return model
+
+@contextmanager
+def gathered(model):
+    """Inside, every process has all weights: sampling takes as many passes as it likes."""
+    parts = [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
+    if parts:
+        model.set_reshard_after_forward(False)
+        model.run(lambda: 0)  # FSDP wants its first call to be one of the whole model
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
 
 # ------------------------------------------------------------------------------- around a training
 def load_model(config: Config) -> transformers.PreTrainedModel:
     """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU without one."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         config.model, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model if config.cpu_offload else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 def start(config: Config) -> tuple:
     """(output folder, processor, problems) of a run; refuses bad input before anything else."""
@@ -576,26 +668,52 @@ def start(config: Config) -> tuple:
         raise ValueError("--data is missing: hub id, folder, .jsonl, .json, .csv or .parquet file")
     transformers.set_seed(config.seed)
     if "RANK" in os.environ and not torch.distributed.is_initialized():  # torchrun
-        torch.distributed.init_process_group()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+    kind = transformers.AutoConfig.from_pretrained(config.model).model_type
+    if kind != "qwen2_5_vl":
+        raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     problems = load_problems(config.data, config.split, processor, config)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    if RANK == 0:
+        (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return output, processor, problems
 
-def prepare(config: Config) -> SimpleNamespace:
+def check_options(c: Config) -> None:
+    """ValueError for options of `train` that contradict each other, with the arithmetic."""
+    left = c.prompts_per_step % c.minibatch_prompts
+    for wrong, why in (
+        (c.num_generations < 2, f"--num_generations {c.num_generations}: advantages compare the "
+         "responses of a group, so it takes 2 or more"),
+        (c.temperature <= 0, f"--temperature {c.temperature} makes all responses of a group equal"),
+        (left, f"--prompts_per_step {c.prompts_per_step} is no multiple of --minibatch_prompts "
+         f"{c.minibatch_prompts}: {left} would be left over"),
+        (c.prompts_per_step < WORLD, f"--prompts_per_step {c.prompts_per_step}: {WORLD} processes"),
+        (c.min_pixels > c.max_pixels, f"--min_pixels {c.min_pixels} > --max_pixels {c.max_pixels}"),
+        (c.bonus and c.min_length >= c.max_new_tokens, f"--min_length {c.min_length} >= "
+         f"--max_new_tokens {c.max_new_tokens}: no response can get the bonus (--bonus 0)"),
+        (c.eval_steps and not c.eval_data, f"--eval_steps {c.eval_steps} needs --eval_data"),
+        (c.cpu_offload and "RANK" not in os.environ,
+         "--cpu_offload needs `torchrun --nproc_per_node 1 observe_r1.py`, also for one process"),
+    ):
+        if wrong:
+            raise ValueError(why)
+
+def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
     """All that training holds and changes; says what is going to happen."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("train runs in one process so far; torchrun shares out `ladder` alone")
+    check_options(config)
+    folder = last_checkpoint(config)
     output, processor, problems = start(config)
     held_out = config.eval_data and load_problems(config.eval_data, "train", processor, config)
     order, size = training_order(problems, config), config.prompts_per_step
-    steps = [order[start:start + size] for start in range(0, len(order), size)]
-    model = load_model(config)
-    reference = load_model(config).eval().requires_grad_(False) if config.kl_coef else None
+    steps = [rows.tolist() for rows in np.array_split(order, -(-len(order) // size))]
+    model = shard(load_model(replace(config, model=str(folder or config.model))), config)
+    reference = None
+    if config.kl_coef:
+        reference = shard(load_model(config).eval().requires_grad_(False), config)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -604,73 +722,187 @@ def prepare(config: Config) -> SimpleNamespace:
     updates = sum(-(-len(step) // config.minibatch_prompts) for step in steps)
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        (output / name).write_text("")
     weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
-    memory = 4e-9 * (weights + 3 * learned + weights * bool(reference))
-    precision = "bf16" if model.device.type == "cuda" else "fp32"
-    print(f"{config.model} on {model.device}: {weights:,} parameters, {learned:,} trained\n"
-          f"{memory:.3g} GB of fp32 weights, gradients, moments; {precision} activations on top\n"
-          f"{len(problems)} problems, {len(order)} in {config.order} order: {len(steps)} steps x "
-          f"{size} prompts x {config.num_generations} responses, {updates} optimiser steps")
-    return SimpleNamespace(
+    memory = 4e-9 * (weights + 3 * learned + weights * bool(reference)) / WORLD
+    gpu = torch.cuda.is_available()
+    if RANK == 0:
+        print(f"{config.model} on {WORLD} x {'GPU' if gpu else 'CPU'}: {weights:,} parameters, "
+              f"{learned:,} trained\n{memory:.3g} GB each of fp32 weights, gradients, moments; "
+              f"{'bf16' if gpu else 'fp32'} activations on top\n{len(problems)} problems, "
+              f"{len(order)} in {config.order} order: {len(steps)} steps x {len(steps[0])} prompts "
+              f"x {config.num_generations} responses, {updates} optimiser steps")
+    state = SimpleNamespace(
         model=model, reference=reference, processor=processor, problems=problems, held_out=held_out,
-        optimizer=optimizer, scheduler=scheduler, steps=steps, step=0, optimizer_step=0)
+        optimizer=optimizer, scheduler=scheduler, steps=steps, step=0, optimizer_step=0, skipped=0,
+        stop=False, before={}, identity=identity(config, problems))
+    if folder:
+        restore(state, folder)
+    for name in ("metrics.jsonl", "rollouts.jsonl") if RANK == 0 else ():  # no step stands twice
+        (output / name).touch()
+        lines = (output / name).read_bytes().splitlines(keepends=True)
+        lines = [n for n in lines if n.endswith(b"\n") and json.loads(n)["step"] <= state.step]
+        os.truncate(output / name, sum(map(len, lines)))
+    state.before = state.before or measure(state, config, rollout)
+
+    def stop(*_):  # Ctrl-C, or the end of a machine's loan: finish the step, save, leave
+        state.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # twice: leave at once
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return state
+
+def identity(config: Config, problems) -> dict:
+    """What must be the same when a run goes on: options, the content of the data, processes."""
+    digest, free = hashlib.sha256(), {"resume", "config", "output_dir", "save_steps",
+                                      "keep_checkpoints", "eval_steps", "cache_gb"}
+    for row in problems.cast_column("images", datasets.List(datasets.Image(decode=False))):
+        digest.update(repr(row).encode())
+    options = {name: value for name, value in asdict(config).items() if name not in free}
+    return options | {"data": digest.hexdigest(), "nproc_per_node": WORLD}
 
 def save_model(state, folder: Path) -> None:
-    """Write a folder that from_pretrained and AutoProcessor load."""
-    state.model.save_pretrained(folder)
-    state.processor.save_pretrained(folder)
+    """Write a folder that from_pretrained and AutoProcessor load; all processes take part."""
+    weights = dcp.get_model_state_dict(state.model, options=FULL)
+    if RANK == 0:
+        state.model.save_pretrained(folder, state_dict=weights)
+        state.processor.save_pretrained(folder)
+
+def save_checkpoint(state, config: Config) -> None:
+    """checkpoint-N: a model folder and what a run needs to go on. It is there whole or not at all.
+
+    Random states are no part of it, as each step seeds its own from seed, step and rank.
+    """
+    output = Path(config.output_dir)
+    folder, draft = output / f"checkpoint-{state.step}", output / "unfinished"
+    if RANK == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+    save_model(state, draft)
+    moments = dcp.get_optimizer_state_dict(state.model, state.optimizer, options=FULL)
+    if RANK == 0:
+        tensors = {f"{name} {weight}": value for weight, values in moments["state"].items()
+                   for name, value in values.items()}
+        save_file(tensors, draft / "optimizer.safetensors")
+        names = ("step", "optimizer_step", "skipped", "before", "identity")
+        progress = {name: getattr(state, name) for name in names}
+        progress["scheduler"] = state.scheduler.state_dict()
+        (draft / "state.json").write_text(json.dumps(progress))
+        for file in draft.iterdir():
+            with open(file) as content:
+                os.fsync(content.fileno())
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, passed over by resume
+        draft.rename(folder)
+        for old in checkpoints(output)[config.keep_checkpoints or 10**9:]:
+            shutil.rmtree(old)
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoint folders, the newest first."""
+    return sorted(output.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
+
+def last_checkpoint(config: Config) -> Path | None:
+    """The newest checkpoint whose files are whole, or None; refuses to write over a run."""
+    found = checkpoints(Path(config.output_dir))
+    if found and not config.resume:
+        raise ValueError(f"{config.output_dir} holds checkpoints: --resume true goes on from the "
+                         "last one; for a new run name another --output_dir")
+    for folder in found:
+        try:
+            json.loads((folder / "state.json").read_text())
+            for file in folder.glob("*.safetensors"):
+                safe_open(file, "pt").__exit__(None, None, None)  # compares size and header
+            return folder
+        except (OSError, ValueError, SafetensorError) as error:
+            print(f"warning: {folder} is damaged and passed over: {error}", file=sys.stderr)
+    return None
+
+def restore(state, folder: Path) -> None:
+    """Optimiser, schedule and position of a checkpoint; the model was loaded from it."""
+    saved = json.loads((folder / "state.json").read_text())
+    new, old = state.identity, saved["identity"]
+    if changed := [f"--{name}" for name in new if new[name] != old.get(name)]:
+        raise ValueError(f"{folder} cannot go on: {', '.join(changed)} (or the content of the "
+                         "file) changed since; put it back, or name another --output_dir")
+    moments = dcp.get_optimizer_state_dict(state.model, state.optimizer, options=FULL)
+    for name, value in load_file(folder / "optimizer.safetensors").items() if RANK == 0 else ():
+        name, weight = name.split(" ")
+        moments["state"].setdefault(weight, {})[name] = value
+    dcp.set_optimizer_state_dict(state.model, state.optimizer, moments, options=FULL)
+    state.scheduler.load_state_dict(saved["scheduler"])
+    for group in state.optimizer.param_groups:
+        group["lr"] = state.scheduler.get_last_lr()[0]
+    for name in ("step", "optimizer_step", "skipped", "before"):
+        setattr(state, name, saved[name])
 
 def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
     """Yield, for each problem, a row of its responses and what they scored: lists of G values.
 
     Every batch has a seed of its own, so the rows from `start` on are those of an undisturbed run.
     """
-    with torch.random.fork_rng():  # training goes on with the random numbers it would have had
-        for first in range(start, len(problems), config.prompts_per_step):
-            torch.manual_seed(config.seed + first)
-            last = min(first + config.prompts_per_step, len(problems))
-            batch = list(problems.select(range(first, last)))
-            rollouts = rollout(model, processor, batch, config)
-            scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
-            for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
-                row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
-                yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **row}
+    for first in range(start, len(problems), config.prompts_per_step):
+        torch.manual_seed(hash((config.seed, first, RANK)) % 2**32)
+        last = min(first + config.prompts_per_step, len(problems))
+        batch = list(problems.select(range(first, last)))
+        rollouts = rollout(model, processor, batch, config)
+        scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
+        for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
+            row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
+            yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **row}
 
-def mean_scores(rows) -> dict[str, float]:
-    """Mean accuracy, format and length of rows of `respond`."""
-    table = [[row["accuracy"], row["format"], row["length"]] for row in rows]
-    return dict(zip(("accuracy", "format", "length"), np.mean(table, axis=(0, 2)).tolist()))
+def evaluate(model, processor, problems, config: Config, rollout=rollout) -> tuple[dict, list]:
+    """Accuracy, its 95 % interval over problems, by category, format, length; rows of `respond`."""
+    share = problems.shard(WORLD, RANK)
+    with gathered(model):
+        rows = respond(model, processor, share, config, rollout)
+        rows = list(tqdm(rows, "evaluating", len(share), leave=False, disable=RANK > 0))
+    rows = sum(gather(rows), [])
+    accuracy, form, length = (np.array([np.mean(row[name]) for row in rows])
+                              for name in ("accuracy", "format", "length"))
+    half = 1.96 * accuracy.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
+    category = np.array(problems["category"])
+    return {"accuracy": accuracy.mean(), "format": form.mean(), "n": len(rows),
+            "interval": [accuracy.mean() - half, accuracy.mean() + half],
+            "response_length": length.mean(),
+            "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
+                           for name in sorted(set(category) - {""})}}, rows
 
-def evaluate(state, config: Config, rollout=rollout) -> dict[str, float]:
-    """mean_scores of the held-out problems, with --num_samples sampled responses each, one seed."""
+def measure(state, config: Config, rollout=rollout) -> dict[str, float]:
+    """Scores on the held-out problems: --num_samples responses each, the same seed every time."""
     if not state.held_out:
         return {}
     samples = max(1, config.num_samples)
     size = max(1, config.prompts_per_step * config.num_generations // samples)
     sampling = replace(config, num_generations=samples, prompts_per_step=size)
-    return mean_scores(respond(state.model, state.processor, state.held_out, sampling, rollout))
+    means, _ = evaluate(state.model, state.processor, state.held_out, sampling, rollout)
+    names = {"accuracy": "accuracy", "format": "format", "length": "response_length"}
+    return {name: means[long] for name, long in names.items()}
 
 def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
-    output, lengths = Path(config.output_dir), rollouts.mask.sum(-1)
-    metrics = {"step": state.step, **{name: value.mean().item() for name, value in scores.items()},
-               "response_length": lengths.float().mean().item(),
-               "truncated_fraction": (lengths >= config.max_new_tokens).float().mean().item(),
-               "zero_weight_fraction": (advantages == 0).all(1).float().mean().item(), **metrics}
-    columns = {**scores, "advantage": advantages, "length": lengths}
+    columns = {**scores, "advantage": advantages, "length": rollouts.mask.sum(-1).cpu()}
+    tables = gather({name: values.numpy() for name, values in columns.items()})
+    if RANK:
+        return
+    whole = {name: np.concatenate([table[name] for table in tables]) for name in columns}
+    metrics = {"step": state.step, **{name: float(whole[name].mean()) for name in scores},
+               "response_length": float(whole["length"].mean()),
+               "truncated_fraction": float((whole["length"] >= config.max_new_tokens).mean()),
+               "zero_weight_fraction": float((whole["advantage"] == 0).all(1).mean()), **metrics}
+    shown = len(problems) if state.skipped else 2  # a batch with NaN gradients is kept for a look
     rows = [rollout_row(state.step, problem, texts, {k: v[i].tolist() for k, v in columns.items()})
-            for i, (problem, texts) in enumerate(zip(problems[:2], rollouts.texts))]
+            for i, (problem, texts) in enumerate(zip(problems[:shown], rollouts.texts))]
     for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
-        with open(output / name, "a") as file:
+        with open(Path(config.output_dir) / name, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    shown = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
+    progress.update()
+    short = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
     progress.write("  ".join([f"step {state.step}"] + [
-        f"{name} {metrics[name]:.3g}" for name in shown.split() if name in metrics]))
+        f"{name} {metrics[name]:.3g}" for name in short.split() if name in metrics]))
     if state.step in (1, len(state.steps)):  # a look at what the policy writes, first and last
         for text, *numbers in list(zip(rollouts.texts[0], scores["reward"][0], advantages[0]))[:3]:
             progress.write("    {!r}  reward {:.1f}  advantage {:+.2f}".format(text, *numbers))
+    if state.skipped >= 3:
+        raise ValueError(f"three updates in a row had NaN or infinite gradients, the last in step "
+                         f"{state.step}; its batch ends {config.output_dir}/rollouts.jsonl")
 
 # ------------------------------------------------------------------------------ ladder and eval
 def score_problems(model, processor, problems, config: Config, file: Path) -> list[dict]:
@@ -679,23 +911,20 @@ def score_problems(model, processor, problems, config: Config, file: Path) -> li
     Rows are written as they come; a killed run goes on after its last whole batch. Under torchrun
     each process takes a contiguous share, in a file of its own; all return all rows.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    files = [file.with_suffix(f".{r}.jsonl" if world > 1 else ".jsonl") for r in range(world)]
-    files[rank].touch()
-    lines, share = files[rank].read_bytes().splitlines(keepends=True), problems.shard(world, rank)
+    files = [file.with_suffix(f".{r}.jsonl" if WORLD > 1 else ".jsonl") for r in range(WORLD)]
+    files[RANK].touch()
+    lines, share = files[RANK].read_bytes().splitlines(keepends=True), problems.shard(WORLD, RANK)
     whole = sum(line.endswith(b"\n") for line in lines)
     done = whole if whole == len(share) else whole - whole % config.prompts_per_step
-    os.truncate(files[rank], sum(map(len, lines[:done])))
-    own = replace(config, seed=config.seed + rank * len(problems))
-    with open(files[rank], "a") as output:
-        fresh = respond(model, processor, share, own, start=done)
+    os.truncate(files[RANK], sum(map(len, lines[:done])))
+    with open(files[RANK], "a") as output:
+        fresh = respond(model, processor, share, config, start=done)
         for row in tqdm(fresh, file.stem, len(share), initial=done, unit="problem"):
             row |= {"difficulty": 1 - float(np.mean(row["accuracy"])),
                     "complexity": float(np.mean(row["length"]))}
             output.write(json.dumps(row) + "\n")
             output.flush()
-    if world > 1:
-        torch.distributed.barrier()
+    gather(None)  # waits until all have written theirs
     return [json.loads(line) for part in files for line in part.read_text().splitlines()]
 
 def ladder(config: Config) -> dict:
@@ -717,7 +946,7 @@ def ladder(config: Config) -> dict:
     rows = score_problems(load_model(blind), processor, checkable, blind, output / "clean.jsonl")
     problems = checkable.select([i for i, row in enumerate(rows) if row["difficulty"] == 1])
     rows = score_problems(load_model(config), processor, problems, config, output / "scores.jsonl")
-    if int(os.environ.get("RANK", 0)):
+    if RANK:
         return {}  # the first process writes the rest
     write_review(output / "review.parquet", problems, rows)
     columns = {name: [row[name] for row in rows] for name in ("difficulty", "complexity")}
@@ -755,24 +984,16 @@ def write_review(file: Path, problems, rows: list[dict]) -> None:
         review.add_column("most_common", [max(a, key=a.count) for a in answers]).to_parquet(file)
 
 def evaluate_model(config: Config) -> dict:
-    """`eval`: accuracy and its 95 % interval over problems, into eval.json and responses.jsonl."""
+    """`eval`: writes what `evaluate` returns into eval.json and responses.jsonl."""
     before, (output, processor, problems) = time.time(), start(config)
     greedy = {} if config.num_samples else {"temperature": 0.0}
     sampling = replace(config, num_generations=max(1, config.num_samples), **greedy)
-    model = load_model(config)
-    rows = list(tqdm(respond(model, processor, problems, sampling), "eval", len(problems)))
-    (output / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores = mean_scores(rows)
-    accuracy = np.array([np.mean(row["accuracy"]) for row in rows])  # of each problem
-    half = 1.96 * accuracy.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
-    category = np.array(problems["category"])
-    result = {"accuracy": scores["accuracy"], "format": scores["format"], "n": len(rows),
-              "interval": [scores["accuracy"] - half, scores["accuracy"] + half],
-              "response_length": scores["length"], "seconds": round(time.time() - before, 1),
-              "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
-                             for name in sorted(set(category) - {""})}}
-    (output / "eval.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    result, rows = evaluate(load_model(config), processor, problems, sampling)
+    result["seconds"] = round(time.time() - before, 1)
+    if RANK == 0:
+        (output / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (output / "eval.json").write_text(json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1))
     return result
 
 # ------------------------------------------------------------------------------------ command line
@@ -801,8 +1022,11 @@ def main() -> None:
     try:
         command, config = parse_arguments(sys.argv[1:])
         COMMANDS[command](config)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"observe_r1: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"observe_r1: {error}\nWhat helps, the most effective first: a smaller "
+                         "--token_budget, --max_pixels, --cache_gb") from error
 
 if __name__ == "__main__":
     main()

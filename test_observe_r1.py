@@ -6,8 +6,12 @@ import importlib.util
 import json
 import math
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image as Image_, load_dataset
@@ -64,8 +69,7 @@ def model(toy_model):
     return copy.deepcopy(toy_model)
 
 
-@pytest.fixture
-def config():
+def sampling():
     return Config(
         num_generations=4,
         max_new_tokens=48,
@@ -78,7 +82,11 @@ def config():
 
 
 @pytest.fixture
-def problems():
+def config():
+    return sampling()
+
+
+def make_problems():
     """One, three and two digits, a question without a picture and one with two."""
     rows = list(load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
     strip, tall = rows[0]["images"][0], Image.linear_gradient("L").resize((84, 56))
@@ -88,6 +96,11 @@ def problems():
         {"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"}
     )
     return rows
+
+
+@pytest.fixture
+def problems():
+    return make_problems()
 
 
 def run_rollout(model, processor, problems, config, seed=0):
@@ -423,11 +436,17 @@ def test_prompts(processor, config):
 # ------------------------------------------------------------------------------------- update
 
 
-def make_state(model, reference=None, rate=1e-3):
+def make_state(model, reference=None, rate=1e-3, distributed=False):
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     return SimpleNamespace(
-        model=model, reference=reference, optimizer=optimizer, scheduler=scheduler, optimizer_step=0
+        model=model if distributed else observe_r1.shard(model, Config()),
+        reference=reference,
+        processor=AutoProcessor.from_pretrained(TOY / "model"),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        optimizer_step=0,
+        skipped=0,
     )
 
 
@@ -713,21 +732,16 @@ def test_parquet_folder_and_mixed_types(folder):
     assert load_problems(str(folder / "pictures"))[1]["images"][0].size == (28, 84)
 
 
-def test_bad_rows_are_named_together(folder, processor, config):
+def test_bad_rows_are_named(folder, processor, config):
     good = {"image": "pictures/a.png", "question": "q", "answer": "1"}
-    rows = [
-        good,
-        {**good, "image": "pictures/none.png"},
-        {**good, "image": "pictures/cut.png"},
-        {**good, "answer": " "},
-        {**good, "question": ""},
-    ]
-    with pytest.raises(ValueError) as error:
-        load_problems(write(folder, rows))
-    message = str(error.value)
-    assert "4 of 5 rows" in message and "row 1 " in message and "none.png" in message
-    assert "row 2 " in message and "truncated" in message and "row 3 " in message
-    assert "row 0 " not in message
+    for bad, why in (
+        ({"image": "pictures/none.png"}, "none.png"),
+        ({"image": "pictures/cut.png"}, "truncated"),
+        ({"answer": " "}, "answer is empty"),
+        ({"question": ""}, "question or the answer"),
+    ):
+        with pytest.raises(ValueError, match=rf"row 1 \(id 1\) cannot be used: .*{why}"):
+            load_problems(write(folder, [good, good | bad]))
     with pytest.raises(ValueError, match="none of the options"):
         load_problems(write(folder, [{**good, "options": ["x", "y"], "answer": "z"}]))
     with pytest.raises(ValueError, match="no column .*'answer'"):
@@ -849,13 +863,6 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
         not torch.equal(a, b) for a, b in zip(before.parameters(), loaded[0][0].parameters())
     ]
     assert sum(changed) > len(changed) * 0.9
-
-
-def test_training_under_torchrun_is_refused(monkeypatch):
-    """Copies that do not share gradients would write over each other."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        observe_r1.prepare(Config(data="x.jsonl"))
 
 
 def test_errors_are_one_line(tmp_path):
@@ -1027,9 +1034,11 @@ def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(observe_r1, "respond", lambda *_: iter(rows))
     monkeypatch.setattr(
-        observe_r1, "start", lambda _: (tmp_path, None, {"category": ["x", "y"] * 150})
+        observe_r1,
+        "start",
+        lambda _: (tmp_path, None, Dataset.from_dict({"category": ["x", "y"] * 150})),
     )
-    monkeypatch.setattr(observe_r1, "load_model", lambda _: None)
+    monkeypatch.setattr(observe_r1, "load_model", lambda _: torch.nn.Module())
     result = observe_r1.evaluate_model(Config(num_samples=4))
     means = scores.mean(1)
     drawn = means[torch.randint(300, (4000, 300), generator=generator)].mean(1)
@@ -1186,3 +1195,365 @@ def test_ablation_table_pairs_runs_by_seed():
     assert row == "| no bonus | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 | 0.51 |"
     curve = [{**run(0.7, 30), "metrics": [{"step": 10, "eval_accuracy": 0.5}, {"step": 20}]}]
     assert ablate.make_figure({"full": curve}).count("<polyline") == 2
+
+
+# ------------------------------------------------------------- resume, several processes, faults
+
+slow = pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")
+
+
+def train_config(few, output, **options):
+    """Six steps of four prompts, saved every second step."""
+    small = {"minibatch_prompts": 2, "num_generations": 4, "eval_data": "", "eval_steps": 0}
+    saved = {"save_steps": 2, "keep_checkpoints": 0}
+    return replace(ladder_config(few, output), **{**small, **saved, **options})
+
+
+def train(config, rollout=rollout):
+    """One thread: sums over several do not always round alike."""
+    torch.set_num_threads(1)
+    return observe_r1.train(config, rollout)
+
+
+def files_of(run):
+    """Weights, moments and metrics of a finished run; seconds differ from run to run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["responses"] for line in (run / "rollouts.jsonl").open()]
+    return (
+        (run / "final" / "model.safetensors").read_bytes(),
+        (run / "checkpoint-6" / "optimizer.safetensors").read_bytes(),
+        [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        rows,
+    )
+
+
+@pytest.fixture
+def undisturbed(few, tmp_path):
+    train(train_config(few, tmp_path / "undisturbed"))
+    return files_of(tmp_path / "undisturbed")
+
+
+def interrupt_at(step, interrupt):
+    """A rollout function that does something to the run in the middle of a step."""
+    calls = []
+
+    def disturbed(*arguments):
+        calls.append(0)
+        if len(calls) == step:
+            interrupt()
+        return rollout(*arguments)
+
+    return disturbed
+
+
+def test_resume_is_exact(few, tmp_path, undisturbed, capsys):
+    """A crash in step 4, then a stop by Ctrl-C in step 5: the same bits as undisturbed."""
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = train_config(few, tmp_path / "run")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config, interrupt_at(4, crash))
+    assert [folder.name for folder in observe_r1.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match="--resume true"):
+        train(config)
+    config.resume = True
+    for option in ({"sigma": 1.0}, {"learning_rate": 1e-3}, {"seed": 1}):
+        with pytest.raises(ValueError, match=f"--{next(iter(option))} "):
+            train(replace(config, **option))
+    with pytest.raises(SystemExit, match="after step 5"):
+        train(config, interrupt_at(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):  # two of them do not wait for the step
+        train(config, interrupt_at(1, twice))
+    train(config)
+    assert files_of(tmp_path / "run") == undisturbed
+
+
+def test_damaged_checkpoints_are_passed_over(few, tmp_path, undisturbed, capsys):
+    run = tmp_path / "undisturbed"
+    newest = run / "checkpoint-6" / "optimizer.safetensors"
+    os.truncate(newest, newest.stat().st_size // 2)
+    (run / "checkpoint-4" / "state.json").write_text('{"step"')
+    (run / "unfinished").mkdir()
+    train(train_config(few, run, resume=True))
+    assert "checkpoint-6 is damaged" in (errors := capsys.readouterr().err)
+    assert "checkpoint-4 is damaged" in errors
+    assert files_of(run) == undisturbed
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(few, tmp_path, monkeypatch):
+    def full(tensors, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(observe_r1, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        train(train_config(few, tmp_path / "run"))
+    assert observe_r1.checkpoints(tmp_path / "run") == []
+    monkeypatch.undo()
+    train(train_config(few, tmp_path / "run", resume=True, keep_checkpoints=1))
+    assert [folder.name for folder in observe_r1.checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+
+
+def test_changed_data_stops_a_resume(few, tmp_path):
+    train(train_config(few, tmp_path / "run"))
+    rows = load_problems(few)
+    changed = rows.map(lambda row, i: {"answer": "1" if i == 5 else row["answer"]}, with_indices=True)
+    changed.to_parquet(few)
+    with pytest.raises(ValueError, match="--data "):
+        train(train_config(few, tmp_path / "run", resume=True))
+
+
+@slow
+@pytest.mark.slow
+def test_killed_at_random_moments(few, tmp_path, undisturbed):
+    """kill -9 at 20 moments, each time resumed; the last one may finish."""
+    moments = random.Random(0)
+    config = train_config(few, tmp_path / "run", resume=True)
+    options = [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "observe_r1.py"), "train", *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=moments.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    train(config)
+    assert files_of(tmp_path / "run") == undisturbed
+
+
+def test_nan_gradients_are_skipped_and_end_the_run(few, tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(*arguments, **options):
+        calls.append(0)
+        loss, metrics = grpo_loss(*arguments, **options)
+        return loss * (float("nan") if len(calls) > 4 else 1), metrics
+
+    monkeypatch.setattr(observe_r1, "grpo_loss", poisoned)
+    with pytest.raises(ValueError, match="three updates in a row"):
+        train(train_config(few, tmp_path / "run", save_steps=1, minibatch_prompts=4))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["skipped_updates"] for line in lines][-3:] == [1, 2, 3]
+    shown = [json.loads(line)["step"] for line in (tmp_path / "run" / "rollouts.jsonl").open()]
+    assert shown.count(lines[-1]["step"]) == 4  # the whole batch
+    folders = observe_r1.checkpoints(tmp_path / "run")[:2]
+    saved = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert saved[0] == saved[1]
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path[:0] = [sys.argv[1]]
+import test_observe_r1 as t
+import observe_r1 as o
+
+torch.distributed.init_process_group()
+config = o.Config(num_generations=4, minibatch_prompts=3, gradient_checkpointing=True,
+                  max_grad_norm=0.5)
+whole = torch.load("rollouts.pt", weights_only=True)
+rows = slice(o.RANK, None, o.WORLD)
+processor = o.transformers.AutoProcessor.from_pretrained(t.TOY / "model")
+problems = [t.make_problems()[i] for i in range(5)][rows]
+rollouts = o.Rollouts(o.encode_prompts(problems, processor, t.sampling()), whole["ids"][rows],
+                      whole["mask"][rows], [])
+config.model = str(t.TOY / "model")
+learner, reference = (o.shard(o.load_model(config), config) for _ in range(2))
+learner.gradient_checkpointing_enable({"use_reentrant": False})
+state = t.make_state(learner, reference, distributed=True)
+state.optimizer = torch.optim.SGD(learner.parameters(), 0.05)
+metrics = o.update(state, rollouts, whole["advantages"][rows], config)
+o.save_model(state, t.Path("learned"))
+if o.RANK == 0:
+    t.Path("metrics.json").write_text(t.json.dumps(metrics))
+"""
+
+
+def torchrun(*command, cwd, processes=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        + ["--master_port", "29519", *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=170,
+    )
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, model, processor, problems):
+    """Five prompts on two processes, one without weight, one without a picture: equal weights.
+
+    Mini-batches of three: 2 + 1 and 1 + 1 groups, so the processes make unequal numbers of passes.
+    SGD moves the weights in proportion to the gradient: 0.05 x the norm of 0.5.
+    """
+    config = replace(sampling(), minibatch_prompts=3, max_grad_norm=0.5)
+    rollouts = run_rollout(model, processor, problems, config)
+    advantages = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    advantages[2] = 0
+    before = copy.deepcopy(model.state_dict())
+    saved = {"ids": rollouts.response_ids, "mask": rollouts.mask, "advantages": advantages}
+    torch.save(saved, tmp_path / "rollouts.pt")
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    result = torchrun(tmp_path / "two.py", HERE, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = make_state(model, copy.deepcopy(model))
+    state.optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    metrics = update(state, rollouts, advantages, config)
+    two = json.loads((tmp_path / "metrics.json").read_text())
+    assert two == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in metrics.items()}
+    learned = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "learned", dtype=torch.float32
+    )
+    for name, value in model.state_dict().items():
+        other = learned.state_dict()[name]
+        torch.testing.assert_close(other, value, atol=1e-6, rtol=1e-5, msg=name)
+    assert any((value - before[name]).abs().max() > 1e-3 for name, value in model.state_dict().items())
+
+
+def test_one_failing_process_ends_all(few, tmp_path):
+    script = f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}]
+import test_observe_r1 as t
+import observe_r1 as o
+
+def failing(*arguments):
+    if o.RANK == 1:
+        raise RuntimeError("rank 1 has lost its disk")
+    return o.rollout(*arguments)
+
+o.train(t.train_config({few!r}, "run"), failing)
+"""
+    (tmp_path / "fail.py").write_text(script)
+    started = time.time()
+    result = torchrun(tmp_path / "fail.py", cwd=tmp_path)
+    assert result.returncode != 0 and "rank 1 has lost its disk" in result.stderr
+    assert time.time() - started < 90
+
+
+def test_training_under_torchrun_and_resume_in_it(few, tmp_path):
+    """More steps than one, uneven shares; what two processes wrote goes on to the same bits."""
+    options = {**vars(train_config(few, "run")), "prompts_per_step": 5, "minibatch_prompts": 5}
+    options = [f"--{name}={value}" for name, value in options.items() if value != ""]
+    assert torchrun(HERE / "observe_r1.py", "train", *options, cwd=tmp_path).returncode == 0
+    first = (tmp_path / "run/final/model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    result = torchrun(HERE / "observe_r1.py", "train", *options, "--resume=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run/final/model.safetensors").read_bytes() == first
+    with pytest.raises(ValueError, match="--nproc_per_node"):
+        train(train_config(few, tmp_path / "run", prompts_per_step=5, minibatch_prompts=5, resume=True))
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"num_generations": 1}, "2 or more"),
+        ({"temperature": 0.0}, "equal"),
+        ({"prompts_per_step": 10, "minibatch_prompts": 4}, "2 would be left over"),
+        ({"min_pixels": 10, "max_pixels": 9}, "--min_pixels 10 > --max_pixels 9"),
+        ({"min_length": 128}, "--bonus 0"),
+        ({"eval_steps": 3}, "needs --eval_data"),
+        ({"cpu_offload": True}, "torchrun"),
+        ({"data": ""}, "--data is missing"),
+        ({"model": "toy"}, "model"),
+    ],
+)
+def test_bad_options_are_told_before_the_model_loads(few, tmp_path, options, why, monkeypatch):
+    monkeypatch.setattr(observe_r1, "load_model", None)
+    with pytest.raises((ValueError, OSError), match=why):
+        train(replace(train_config(few, tmp_path / "run"), **options))
+
+
+def test_other_models_are_refused_by_name(few, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(ValueError, match="is a qwen2_vl; only Qwen2.5-VL"):
+        train(train_config(few, tmp_path / "run", model=str(tmp_path / "other")))
+
+
+def test_an_output_folder_that_cannot_be_written(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = [f"--{n}={v}" for n, v in vars(train_config(few, tmp_path / "file/run")).items() if v]
+    result = run_script("train", *options, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "Not a directory" in result.stderr.splitlines()[-1]
+
+
+def test_out_of_memory_names_what_helps(monkeypatch):
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(observe_r1.COMMANDS, "train", full)
+    monkeypatch.setattr(sys, "argv", ["observe_r1.py", "train"])
+    with pytest.raises(SystemExit, match=r"(?s)out of memory.*--token_budget, --max_pixels"):
+        observe_r1.main()
+
+
+def test_control_tokens_in_a_question_are_refused(folder, processor, config):
+    for token in ("<|im_end|>", "<|image_pad|>"):
+        row = {"question": f"What {token} is it?", "answer": "1"}
+        with pytest.raises(ValueError, match="control tokens"):
+            load_problems(write(folder, [row]), processor=processor, config=config)
+    row = {"question": "Is <observe> a tag, and <|this|> none?", "answer": "1"}
+    assert len(load_problems(write(folder, [row]), processor=processor, config=config)) == 1
+
+
+def shown(image, processor, config):
+    """What the model sees of a picture: its mean brightness, 0 to 1, and its patches."""
+    batch = encode_prompts([{"images": [image], "question": "q"}], processor, config)
+    mean = torch.tensor(processor.image_processor.image_mean).mean()
+    std = torch.tensor(processor.image_processor.image_std).mean()
+    return (batch["pixel_values"].mean() * std + mean).item(), batch["image_grid_thw"].tolist()
+
+
+def test_pictures_of_every_kind(folder, processor, config):
+    """Grey of half brightness stays so in every mode; transparent is white; the rest is named."""
+    grey = Image.new("L", (56, 56), 128)
+    sixteen = Image.fromarray(np.full((56, 56), 128 * 257, np.uint16))
+    palette = Image.new("P", (56, 56), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    palette.info["transparency"] = 0
+    for image, brightness in (
+        (grey, 0.5),
+        (grey.convert("RGB").convert("CMYK"), 0.5),
+        (sixteen, 0.5),
+        (Image.new("1", (56, 56), 1), 1),
+        (Image.new("RGBA", (56, 56), (0, 0, 0, 0)), 1),
+        (palette, 1),
+        (Image.new("LA", (56, 56), (0, 0)), 1),
+    ):
+        assert shown(image, processor, config)[0] == pytest.approx(brightness, abs=0.02), image.mode
+    assert shown(Image.new("L", (1, 1)), processor, config)[1] == [[1, 2, 2]]
+    assert shown(Image.new("L", (3000, 3000)), processor, config)[1][0][1] <= 16
+    turned = Image.new("L", (56, 28))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    turned.save(folder / "turned.jpg", exif=exif)
+    frames = [Image.new("L", (56, 28), value) for value in (0, 255)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("L", (2000, 8)).save(folder / "thin.png")
+    bomb = Image.new("1", (20000, 20000))
+    bomb.save(folder / "bomb.png")
+
+    def load(name):
+        row = {"image": name, "question": "q", "answer": "1"}
+        return load_problems(write(folder, [row]), processor=processor, config=config)[0]["images"][0]
+
+    assert load("turned.jpg").size == (28, 56)
+    assert shown(load("moving.gif"), processor, config)[0] == pytest.approx(0, abs=0.02)
+    with pytest.raises(ValueError, match="row 0 .* aspect ratio"):
+        load("thin.png")
+    with pytest.raises(ValueError, match="row 0 .* decompression bomb"):
+        load("bomb.png")
