@@ -455,7 +455,7 @@ def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dic
             "position_ids": torch.cat([inputs["position_ids"], after], 2),
             "attention_mask": visible[None, None]}, before
 
-def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk=1024):
+def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk=512):
     """log p(target) from hidden states [N,H] and targets [N] -> [N].
 
     Logits over 152k tokens are the memory peak of training: they are made for `chunk` tokens at a

@@ -93,9 +93,11 @@ def _choice(answer: str) -> str | None:
     return letters.pop() if starts and len(letters) == 1 else None
 
 # -------------------------------------------------------------------------------------- expression
-_FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10,
-              "exp": math.exp, "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
-              "abs": abs}
+_FUNCTIONS = {  # and constants; frac and sqrt[n] take their arguments one by one
+    **{name: getattr(math, name) for name in ("sin", "cos", "tan", "exp")}, "ln": math.log,
+    "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "log": math.log10, "abs": abs,
+    "frac": lambda top: lambda bottom: top / bottom, "sqrt": lambda radicand: _root(radicand, 2),
+    "π": math.pi, "e": math.e, "inf": math.inf}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv}
 _FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError,
@@ -103,7 +105,7 @@ _FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, Recu
 _MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
                     r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
 _TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
-                    + "|".join([*sorted(_FUNCTIONS, key=len, reverse=True), "sqrt", "frac"])
+                    + "|".join(sorted({*_FUNCTIONS} - {"π", "e", "inf"}, key=len, reverse=True))
                     + r")(?![a-z])|([^\W\d_](?:_\w)?|∞)|([-+*/^()\[\]°]))")
 
 def _parse(text: str) -> ast.expr:
@@ -132,34 +134,29 @@ def _parse(text: str) -> ast.expr:
         before = "name" if name else "atom" if atom or mark in tuple(")°") else ""
     return ast.parse("".join(source).strip(), mode="eval").body
 
-def _compute(node: ast.expr, point: int, degree: float = 1):
+def _root(radicand, n):
+    near = round(abs(radicand) ** (1 / float(n))) if abs(radicand) < 1e12 else 0
+    return Fraction(near) if near ** n == radicand else math.pow(radicand, 1 / n)
+
+def _compute(node: ast.expr, point: int, degree: float):
     """Value of a syntax tree at a fixed point, a Fraction if it can be; may raise _FAILURES."""
     def value(child):
         return _compute(child, point, degree)
-
-    def root(radicand, n):
-        near = round(abs(radicand) ** (1 / float(n))) if abs(radicand) < 1e12 else 0
-        return Fraction(near) if near ** n == radicand else math.pow(radicand, 1 / n)
 
     match node:
         case ast.Constant():
             return Fraction(repr(node.value))
         case ast.Name(id=name):
-            constants = {"π": math.pi, "e": math.e, "inf": math.inf, "deg": degree}
             code = sum((i + 1) * ord(c) for i, c in enumerate(name))  # some values below zero
-            return constants.get(name, Fraction(code * (point + 3) * 7919 % 997 - 400, 211))
+            letter = Fraction(code * (point + 3) * 7919 % 997 - 400, 211)
+            return degree if name == "deg" else _FUNCTIONS.get(name, letter)
         case ast.UnaryOp():
             return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        case ast.Call(func=ast.Call(func=ast.Name(id="frac"), args=[top]), args=[bottom]):
-            return value(top) / value(bottom)
-        case ast.Call(func=ast.Name(id="sqrt"), args=[radicand]):
-            return root(value(radicand), 2)
-        case ast.Call(func=ast.Subscript(value=ast.Name(id="sqrt"), slice=n), args=[radicand]):
-            return root(value(radicand), value(n))
-        case ast.Call(func=ast.Name(id=name), args=[angle]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](_compute(angle, point, math.pi / 180))  # 45 degrees
-        case ast.Call(func=left, args=[right]):  # 2(x + 1)
-            return value(left) * value(right)
+        case ast.Subscript(value=ast.Name(id="sqrt"), slice=n):
+            return lambda radicand: _root(radicand, value(n))
+        case ast.Call(func=left, args=[right]):  # sin(x), or a product: 2(x + 1)
+            left, right = value(left), value(right)
+            return left(right) if callable(left) else left * right
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             base, exponent = value(left), value(right)
             bits = base.numerator.bit_length() if isinstance(base, Fraction) else 1
@@ -175,7 +172,8 @@ def _evaluate(text: str, point: int = 0):
     if not text or len(text) > MAX_LENGTH or not re.search(r"[0-9π∞*/+^|-]|^[^\W\d_](_\w)?$", text):
         return None  # a bare word is text, not a product of letters
     try:
-        value = _compute(_parse(text), point)
+        angle = math.pi / 180 if re.search("sin|cos|tan", text) else 1  # of one degree
+        value = _compute(_parse(text), point, angle)
         return None if isinstance(value, complex) or math.isnan(value) else value
     except _FAILURES:
         return None
@@ -184,7 +182,7 @@ def _evaluate(text: str, point: int = 0):
 _UNITS = dict(pair.split(":") for pair in (
     "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
     "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h "
-    "hr:h inch:in feet:ft foot:ft dollar:$").split())
+    "hr:h inch:in inche:in feet:ft foot:ft dollar:$").split())
 _UNIT = re.compile(
     r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
     r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
@@ -198,14 +196,11 @@ def _quantity(text: str) -> tuple[str, str]:
     match = _UNIT.fullmatch(text)
     if not match or _evaluate(match[1]) is None or re.search("sin|cos|tan", text):
         return text, ""
-    words = []
-    for word in re.findall(r"[^\W\d_]+|[%°/]|\^?[0-9]", match[2]):
-        word = _UNITS.get(word.lower(), _UNITS.get(word.lower().removesuffix("s"), word))
-        words.append("^" + word if word.isdigit() else word)
-    for name, power in (("square", "^2"), ("sq", "^2"), ("cubic", "^3")):
-        if name in words:
-            words = [word for word in words if word != name] + [power]
-    return match[1].strip(), "".join(words)
+    unit = re.sub(r"[^\W\d_]{2,}", lambda m: _UNITS.get(m[0].lower().removesuffix("s"), m[0]),
+                  match[2])
+    unit = re.sub(r"\b(square|sq|cubic)\b\.? *([^\W\d_]+)",
+                  lambda m: m[2] + ("3" if m[1] == "cubic" else "2"), unit)
+    return match[1].strip(), re.sub(r"[ .^*]+", "", unit)
 
 def _places(text: str) -> int:
     """Decimals of a literal of three or more digits, which may have been rounded; else 0."""
@@ -366,17 +361,14 @@ def format_reward(response: str, observe: bool = True) -> float:
     0.0
     """
     names = ("observe", "think", "answer") if observe else ("think", "answer")
-    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
-    if any(response.count(tag) != 1 for tag in tags):
-        return 0.0
-    order = sorted(tags, key=response.find)
-    between = [response[response.find(tag) + len(tag):response.find(after)].strip()
-               for tag, after in zip(order, order[1:])]
-    if order == tags:
-        return 0.5 if all(between[::2]) and not any(between[1::2]) else 0.0
-    before, seen, after, gap, answer = between if observe else [""] * 5
-    nested = order == ["<think>", "<observe>", "</observe>", "</think>", "<answer>", "</answer>"]
-    return 0.5 if nested and before + after and seen and answer and not gap else 0.0
+    pieces = re.split(f"(</?(?:{'|'.join(names)})>)", response)
+    tags, texts = pieces[1::2], [text.strip() for text in pieces[2:-1:2]]
+    if tags == [f"<{slash}{name}>" for name in names for slash in ("", "/")]:
+        return 0.5 if all(texts[::2]) and not any(texts[1::2]) else 0.0
+    if tags == ["<think>", "<observe>", "</observe>", "</think>", "<answer>", "</answer>"]:
+        before, seen, after, gap, answer = texts
+        return 0.5 if before + after and seen and answer and not gap else 0.0
+    return 0.0
 
 def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100,
                   bonus: float = 0.2) -> list[float]:

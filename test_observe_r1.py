@@ -1303,7 +1303,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(few, tmp_path, monkeypatch):
 def test_changed_data_stops_a_resume(few, tmp_path):
     train(train_config(few, tmp_path / "run"))
     rows = load_problems(few)
-    changed = rows.map(lambda row, i: {"answer": "1" if i == 5 else row["answer"]}, with_indices=True)
+    changed = rows.map(
+        lambda row, i: {"answer": "1" if i == 5 else row["answer"]}, with_indices=True
+    )
     changed.to_parquet(few)
     with pytest.raises(ValueError, match="--data "):
         train(train_config(few, tmp_path / "run", resume=True))
@@ -1409,14 +1411,18 @@ def test_two_processes_learn_what_one_learns(tmp_path, model, processor, problem
     state.optimizer = torch.optim.SGD(model.parameters(), 0.05)
     metrics = update(state, rollouts, advantages, config)
     two = json.loads((tmp_path / "metrics.json").read_text())
-    assert two == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in metrics.items()}
+    assert two == {
+        name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in metrics.items()
+    }
     learned = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "learned", dtype=torch.float32
     )
     for name, value in model.state_dict().items():
         other = learned.state_dict()[name]
         torch.testing.assert_close(other, value, atol=1e-6, rtol=1e-5, msg=name)
-    assert any((value - before[name]).abs().max() > 1e-3 for name, value in model.state_dict().items())
+    assert any(
+        (value - before[name]).abs().max() > 1e-3 for name, value in model.state_dict().items()
+    )
 
 
 def test_one_failing_process_ends_all(few, tmp_path):
@@ -1453,7 +1459,11 @@ def test_training_under_torchrun_and_resume_in_it(few, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run/final/model.safetensors").read_bytes() == first
     with pytest.raises(ValueError, match="--nproc_per_node"):
-        train(train_config(few, tmp_path / "run", prompts_per_step=5, minibatch_prompts=5, resume=True))
+        train(
+            train_config(
+                few, tmp_path / "run", prompts_per_step=5, minibatch_prompts=5, resume=True
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -1549,7 +1559,9 @@ def test_pictures_of_every_kind(folder, processor, config):
 
     def load(name):
         row = {"image": name, "question": "q", "answer": "1"}
-        return load_problems(write(folder, [row]), processor=processor, config=config)[0]["images"][0]
+        return load_problems(write(folder, [row]), processor=processor, config=config)[0]["images"][
+            0
+        ]
 
     assert load("turned.jpg").size == (28, 56)
     assert shown(load("moving.gif"), processor, config)[0] == pytest.approx(0, abs=0.02)
@@ -1557,3 +1569,28 @@ def test_pictures_of_every_kind(folder, processor, config):
         load("thin.png")
     with pytest.raises(ValueError, match="row 0 .* decompression bomb"):
         load("bomb.png")
+
+
+PEAK = """
+import resource, sys, torch
+sys.path[:0] = [sys.argv[1]]
+from observe_r1 import token_log_probs
+hidden = torch.randn(int(sys.argv[2]), 8, requires_grad=True)
+head, targets = torch.nn.Linear(8, 151936, bias=False), torch.randint(151936, (len(hidden),))
+head(hidden[:64]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+token_log_probs(hidden, targets, head, [], 1.0).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_log_probabilities_take_little_memory(tmp_path):
+    """At most 15 % of full fp32 logits at G = 8, T = 2,048; three chunks take what two take."""
+    (tmp_path / "peak.py").write_text(PEAK)
+    peaks = []
+    for tokens in ("1024", "1536"):
+        command = [sys.executable, str(tmp_path / "peak.py"), str(HERE), tokens]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=170)
+        peaks.append(int(result.stdout))
+    assert max(peaks) < 0.15 * 8 * 2048 * 151936 * 4
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.15)

@@ -1,8 +1,14 @@
 """Tests of rewards.py: golden numbers by hand, the rules of the method, and safety."""
 
+import ast
 import doctest
+import json
 import random
+import re
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +22,7 @@ from rewards import (
     format_reward,
 )
 
+HERE = Path(__file__).parent
 GOOD = "<observe>a circle</observe>\n<think>half of 24</think> <answer>12</answer>"
 
 
@@ -279,52 +286,54 @@ def test_time_is_linear_in_what_a_looping_policy_writes(piece):
         assert time.perf_counter() - started < 0.15
 
 
+PIECES = [
+    "<observe>",
+    "</observe>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    r"\boxed{",
+    "}",
+    r"\frac",
+    r"\sqrt",
+    "{",
+    "(",
+    ")",
+    "[",
+    "^",
+    "9**9**9",
+    "1e999",
+    "nan",
+    "inf",
+    "\x00",
+    "٣",
+    "½",
+    "²",
+    "A",
+    "B.",
+    "x",
+    "=",
+    "<",
+    ",",
+    ":",
+    "%",
+    "°",
+    "12",
+    ".",
+    " ",
+    "|",
+    "±",
+    "-",
+    "/",
+]
+
+
 def test_nothing_a_policy_writes_raises():
     rng = random.Random(0)
-    pieces = [
-        "<observe>",
-        "</observe>",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        r"\boxed{",
-        "}",
-        r"\frac",
-        r"\sqrt",
-        "{",
-        "(",
-        ")",
-        "[",
-        "^",
-        "9**9**9",
-        "1e999",
-        "nan",
-        "inf",
-        "\x00",
-        "٣",
-        "½",
-        "²",
-        "A",
-        "B.",
-        "x",
-        "=",
-        "<",
-        ",",
-        ":",
-        "%",
-        "°",
-        "12",
-        ".",
-        " ",
-        "|",
-        "±",
-        "-",
-        "/",
-    ]
     for _ in range(3000):
-        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 12)))
-        gold = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 6)))
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 12)))
+        gold = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 6)))
         assert accuracy_reward(f"<answer>{text}</answer>", gold) in (0.0, 1.0)
         assert format_reward(text) in (0.0, 0.5)
 
@@ -362,3 +371,209 @@ def test_bad_groups_are_refused():
     for correct, lengths in (([], []), ([True], [1, 2]), ([True], [-1])):
         with pytest.raises(ValueError, match="one length"):
             bonus_rewards(correct, lengths)
+
+
+# ------------------------------------------------------------------------ for other people's code
+
+
+PAIRS = [json.loads(line) for line in (HERE / "toy" / "answers.jsonl").open()]
+
+
+def test_pairs_as_they_occur_in_data():
+    wrong = [
+        (row["response"], row["gold"])
+        for row in PAIRS
+        if not row.get("debatable")
+        and accuracy_reward(row["response"], row["gold"]) != row["match"]
+    ]
+    assert not wrong
+    assert all(format_reward(row["response"]) == 0.5 * row["format_ok"] for row in PAIRS)
+
+
+def readme_block(sign):
+    """The functions of the README's code block that holds `sign`."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if sign in block]
+    scope = {}
+    exec(block, scope)
+    return scope
+
+
+def test_adapter_for_trl():
+    """Called as GRPOTrainer._calculate_rewards does: all by keyword, the columns, extras."""
+    reward = readme_block("def observe_r1_reward")["observe_r1_reward"]
+    short, wrong = GOOD, GOOD.replace(">12<", ">13<")
+    rewards = reward(
+        prompts=["p"] * 3 + [[{"role": "user", "content": "q"}]] * 2,
+        completions=[short, short, wrong] + [[{"role": "assistant", "content": short}]] * 2,
+        completion_ids=[[0] * 300, [0] * 150, [0] * 120, [0] * 90, [0] * 200],
+        answer=["12"] * 5,
+        trainer_state=None,
+        log_metric=print,
+    )
+    assert rewards == pytest.approx([1.5, 1.7, 0.5, 1.5, 1.5])
+
+
+def test_adapter_for_easyr1():
+    score = readme_block("def compute_score")["compute_score"]
+    rows = [
+        {"response": GOOD, "response_length": 30, "ground_truth": "12"},
+        {"response": "12", "response_length": 2, "ground_truth": "12"},
+    ]
+    assert score(rows) == [
+        {"overall": 1.5, "accuracy": 1.0, "format": 0.5},
+        {"overall": 0.0, "accuracy": 0.0, "format": 0.0},
+    ]
+
+
+def test_adapter_for_openrlhf():
+    reward = readme_block("def reward_func")["reward_func"]
+    result = reward(
+        ["<answer>5</answer>" + GOOD, "q" + "12"], ["<answer>5</answer>", "q"], ["12"] * 2
+    )
+    assert result["rewards"].tolist() == [1.5, 0.0] and result["scores"].tolist() == [1.0, 0.0]
+    assert result["extra_logs"]["format"].tolist() == [0.5, 0.0]
+
+
+def test_math_verify_can_be_plugged_in(monkeypatch):
+    """Whether or not it is installed: what it says decides the accuracy."""
+    said = SimpleNamespace(parse=lambda text: text, verify=lambda gold, answer: (gold, answer))
+    monkeypatch.setitem(sys.modules, "math_verify", said)
+    monkeypatch.setattr(rewards, "answers_match", None)
+    readme_block("import math_verify")
+    assert rewards.answers_match("1", "2") == ("$2$", "$1$")
+    said.verify = lambda gold, answer: answer == "$x$"
+    assert accuracy_reward("<answer>x</answer>", "2") == 1.0
+    assert accuracy_reward("<answer>2</answer>", "2") == 0.0
+
+
+def needed(name, tree):
+    """Names at the top of the module that a function needs, with what these need in turn."""
+    places = {}
+    for node in tree.body:
+        names = [getattr(node, "name", None)]
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets]
+        for each in names:
+            places[each] = node
+    found, queue = set(), [name]
+    while queue:
+        each = queue.pop()
+        if each in places and each not in found:
+            found.add(each)
+            queue += [n.id for n in ast.walk(places[each]) if isinstance(n, ast.Name)]
+    return found, [node for node in tree.body if node in [places[each] for each in found]]
+
+
+PUBLIC = [
+    "extract_answer",
+    "answers_match",
+    "accuracy_reward",
+    "format_reward",
+    "bonus_rewards",
+    "dynamic_weight",
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_function_runs_when_pasted_alone(name):
+    tree = ast.parse(Path(rewards.__file__).read_text())
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
+    assert {module.split(".")[0] for module in modules} <= set(sys.stdlib_module_names)
+    _, parts = needed(name, tree)
+    scope = {"__name__": "pasted"}
+    exec("\n\n".join(map(ast.unparse, imports + parts)), scope)
+    runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
+    for test in finder.find(scope[name], name, globs=scope):
+        assert test.examples
+        assert runner.run(test).failed == 0
+
+
+# ------------------------------------------------------------------------------------- properties
+
+
+def random_strings(count, seed=0):
+    """What a policy may write: tags, LaTeX, digits of other scripts, control characters, powers."""
+    rng = random.Random(seed)
+    pieces = [
+        *PIECES,
+        "9^9^9",
+        "100!",
+        "1e99999",
+        "\\frac{1}{0}",
+        "\\sqrt[0]{2}",
+        "∞-∞",
+        "0/0",
+        "\u202e",
+    ]
+    for _ in range(count):
+        yield "".join(rng.choices(pieces, k=rng.randrange(1, 15)))
+
+
+def test_values_and_time_on_thousands_of_strings():
+    """0 or 1, never an exception, none over 50 ms; typically under 0.1 ms."""
+    texts, times = list(random_strings(6000)), []
+    for answer, gold in zip(texts, reversed(texts)):
+        started = time.perf_counter()
+        assert answers_match(answer, gold) in (True, False)
+        times.append(time.perf_counter() - started)
+        surrounded = format_reward("Sure: " + answer + " Bye")
+        if not re.search("[<>]", answer):
+            assert surrounded == format_reward(answer) == 0.0
+    assert max(times) < 0.05 and sorted(times)[3000] < 0.0002
+
+
+def test_format_does_not_depend_on_text_around_it():
+    rng = random.Random(1)
+    tags = ["<observe>", "</observe>", "<think>", "</think>", "<answer>", "</answer>"]
+    for _ in range(3000):
+        picked = tags if rng.random() < 0.5 else rng.choices(tags, k=6)
+        text = "".join(tag + rng.choice(["", " ", "x"]) for tag in picked).rstrip("x ")
+        assert format_reward(text) == format_reward("Hm. " + text + "\nDone.")
+
+
+def readable_numbers(count):
+    rng = random.Random(2)
+    for _ in range(count):
+        a, b, c = (rng.randint(1, 99) for _ in range(3))
+        forms = [f"{a}", f"-{a}", f"{a}.{b}", f"{a}/{b}", rf"\frac{{{a}}}{{{b}}}", f"{a}%"]
+        forms += [
+            rf"{a}\sqrt{{{b}}}",
+            rf"\frac{{{a}\pi}}{{{b}}}",
+            f"{a},{b:03}",
+            f"{a} {b}/{b + c}",
+        ]
+        yield rng.choice(forms + [f"{a}^{{{b % 5}}}", f"{a}e{b % 9}", f"({a}+{b})*{c}"]), a / b
+
+
+def test_reflexive_and_symmetric_on_numbers():
+    numbers = [text for text, _ in readable_numbers(1500)]
+    matches = 0
+    for a, b in zip(numbers, numbers[1:] + numbers[:1]):
+        assert answers_match(a, a)
+        assert answers_match(a, b) == answers_match(b, a), (a, b)
+        matches += answers_match(a, b)
+    for text, _ in readable_numbers(200):
+        assert not answers_match(text, f"({text})+1")
+
+
+def test_growth_is_linear():
+    """Twice the input takes about twice the time; a quadratic rule would take four times."""
+    for piece in ("<think>", "</answer>", r"\boxed{", "(1+", "A) ", "<observe>x</observe>"):
+        seconds = []
+        for size in (100_000, 200_000, 400_000):
+            text = piece * (size // len(piece))
+            seconds.append(
+                min(
+                    timed(lambda: (format_reward(text), accuracy_reward(f"<answer>{text}", "12")))
+                    for _ in range(3)
+                )
+            )
+        assert seconds[2] < 3 * seconds[1] + 0.005 and seconds[1] < 3 * seconds[0] + 0.005, piece
+
+
+def timed(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

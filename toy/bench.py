@@ -1,0 +1,226 @@
+"""How fast and how small: ratios from interleaved repeats in one process, as a Markdown table.
+
+    python toy/bench.py                          # some minutes on two cores
+    pip install math-verify                      # not needed by the project
+    python toy/bench.py answers                  # our rules and math-verify on the same answers
+    pip install trl && python toy/bench.py trl   # a whole training step, of TRL and of ours
+
+Each row is median (lowest to highest) of the ratios of neighbouring runs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import observe_r1  # noqa: E402
+import rewards  # noqa: E402
+
+CONFIG = observe_r1.parse_arguments(["train", "--config", str(HERE / "config.json")])[1]
+
+
+def seconds(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def compare(ours, theirs, repeats: int = 7) -> tuple[float, str]:
+    """How many times as long theirs takes; one warm-up each, then turn and turn about."""
+    seconds(ours), seconds(theirs)
+    ratios = [seconds(theirs) / seconds(ours) for _ in range(repeats)]
+    return (
+        median := statistics.median(ratios)
+    ), f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def row(*cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def toy():
+    processor = AutoProcessor.from_pretrained(CONFIG.model)
+    problems = observe_r1.load_problems(CONFIG.data)
+    return observe_r1.load_model(CONFIG), processor, problems
+
+
+def rollout() -> None:
+    """16 prompts x 8 responses of 64 tokens, none ends early."""
+    model, processor, problems = toy()
+    prompt = observe_r1.encode_prompts(list(problems.select(range(400, 416))), processor, CONFIG)
+    config, model = replace(CONFIG, max_new_tokens=64), model.eval()
+    inputs = {name: value for name, value in prompt.items() if name != "num_images"}
+
+    def ours():
+        observe_r1.sample(model, prompt, [-1], config)
+
+    def theirs():
+        with torch.no_grad():
+            model.generate(
+                **inputs,
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=8,
+                min_new_tokens=64,
+                max_new_tokens=64,
+            )
+
+    row("rollout, 16 prompts x 8 x 64 tokens", "`generate`", compare(ours, theirs)[1], "≥ 2")
+
+
+def group(model, processor, P: int, R: int, G: int = 8):
+    """One prompt of about P tokens, most of them a picture, and G random responses of R tokens."""
+    side = 28 * max(1, round((P - 70) ** 0.5))
+    config = replace(CONFIG, max_pixels=side * side, max_prompt_tokens=10**5, num_generations=G)
+    picture = Image.effect_noise((side, side), 64)
+    problem = {"images": [picture], "question": "What is the sum of the digits?", "answer": "1"}
+    prompt = observe_r1.encode_prompts([problem], processor, config)
+    ids = torch.randint(100, 300, (1, G, R))
+    return observe_r1.Rollouts(prompt, ids, torch.ones_like(ids), []), config
+
+
+def obvious_log_probs(model, rollouts, config):
+    """Every response carries its prompt and picture; all logits at once."""
+    prompt, ids = rollouts.prompt, rollouts.response_ids[0]
+    G, R = ids.shape
+    inputs = {name: prompt[name].repeat(G, 1) for name in ("input_ids", "mm_token_type_ids")}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, R))
+    pictures = {name: prompt[name].repeat(G, 1) for name in ("pixel_values", "image_grid_thw")}
+    mask = torch.ones_like(inputs["input_ids"])
+    logits = model(**inputs, **pictures, attention_mask=mask, use_cache=False).logits[
+        :, -R - 1 : -1
+    ]
+    logits[..., observe_r1.vision_tokens(model)] = -torch.inf
+    return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+def update() -> None:
+    """Forward and backward pass of one group."""
+    model, processor, _ = toy()
+    model.train()
+    for P, R in ((80, 48), (1024, 256)):
+        rollouts, config = group(model, processor, P, R)
+        P = rollouts.prompt["input_ids"].shape[1]
+        slow = obvious_log_probs(model, rollouts, config).detach()
+        fast = observe_r1.response_log_probs(model, rollouts, config)[0].detach()
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+        ratio, text = compare(
+            lambda: observe_r1.response_log_probs(model, rollouts, config).sum().backward(),
+            lambda: obvious_log_probs(model, rollouts, config).sum().backward(),
+        )
+        limit = 8 * (P + R) / (P + 8 * R)
+        row(
+            f"update of a group, P = {P}, R = {R}, G = 8",
+            "each response carries its prompt",
+            f"{text}, {ratio / limit:.2f} of the limit {limit:.2f}",
+            "≥ 0.7 of the limit",
+        )
+
+
+def peak(chunked: bool) -> float:
+    """GB that log-probabilities of 8 x 2,048 tokens over 151,936 take at most, with gradients."""
+    hidden = torch.randn(8 * 2048, 8, requires_grad=True)
+    head, targets = torch.nn.Linear(8, 151936, bias=False), torch.randint(151936, (8 * 2048,))
+    head(hidden[:64]).sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if chunked:
+        observe_r1.token_log_probs(hidden, targets, head, [], 1.0).sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024e-9
+
+
+def memory() -> None:
+    """In a fresh process, because a process never forgets its peak."""
+    full = 8 * 2048 * 151936 * 4e-9
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        ours = pool.apply(peak, (True,))
+    row(
+        "peak memory of log-probabilities, V = 151,936, T = 2,048, G = 8",
+        f"one copy of all logits in fp32, {full:.1f} GB",
+        f"{ours / full:.3f}",
+        "≤ 0.15",
+    )
+
+
+def growth() -> None:
+    """Seconds of a forward and backward pass when one length doubles, against its tokens."""
+    model, processor, _ = toy()
+    model.train()
+    base = {"P": 256, "R": 64, "G": 4}
+    for name in base:
+        small, large = base, {**base, name: 2 * base[name]}
+        both = [group(model, processor, **lengths) for lengths in (small, large)]
+        _, text = compare(
+            *(
+                lambda pair=pair: observe_r1.response_log_probs(model, *pair).sum().backward()
+                for pair in both
+            )
+        )
+        tokens = [pair[0].prompt["input_ids"].shape[1] + pair[0].mask.sum().item() for pair in both]
+        what = f"P, R, G = 256, 64, 4 with {name} doubled"
+        row(what, "itself", f"time x {text}", f"tokens x {tokens[1] / tokens[0]:.2f}")
+
+
+def answers() -> None:
+    """Right, wrongly 1, wrongly 0, and microseconds on toy/answers.jsonl (debatable ones apart)."""
+    import math_verify
+
+    pairs = [json.loads(line) for line in (HERE / "answers.jsonl").open()]
+    pairs = [pair for pair in pairs if not pair.get("debatable")]
+
+    def wrapped(prediction, gold, around="${}$"):
+        gold, answer = (around.format(text) for text in (gold, prediction))
+        return math_verify.verify(math_verify.parse(gold), math_verify.parse(answer))
+
+    checkers = {
+        "rewards.py": rewards.answers_match,
+        "math-verify": lambda *pair: wrapped(*pair, around="{}"),
+        "math-verify, wrapped in $": wrapped,
+    }
+    row("checker", "right", "wrongly 1", "wrongly 0", "median", "worst")
+    row(*["---"] * 6)
+    for name, check in checkers.items():
+        said, times = [], []
+        for pair in pairs:
+            answer = rewards.extract_answer(pair["response"])
+            started = time.perf_counter()
+            said.append(answer is not None and bool(check(answer, pair["gold"])))
+            times.append(1e6 * (time.perf_counter() - started))
+        right = [pair["match"] for pair in pairs]
+        row(
+            name,
+            f"{sum(map(int.__eq__, map(int, said), map(int, right)))} of {len(pairs)}",
+            sum(s and not r for s, r in zip(said, right)),
+            sum(r and not s for s, r in zip(said, right)),
+            f"{statistics.median(times):.0f} µs",
+            f"{max(times) / 1000:.1f} ms",
+        )
+
+
+def main() -> None:
+    rows = {f.__name__: f for f in (rollout, update, memory, growth, answers)}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", default=["rollout", "update", "memory", "growth"])
+    names = parser.parse_args().rows
+    if names != ["answers"]:
+        row("what", "against", "ratio", "goal")
+        row(*["---"] * 4)
+    for name in names:
+        rows[name]()
+
+
+if __name__ == "__main__":
+    main()
