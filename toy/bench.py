@@ -208,8 +208,72 @@ def answers() -> None:
         )
 
 
+def trl() -> None:
+    """One whole training step on the same 16 x 8 responses, TRL's and ours in turn."""
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    output = Path("runs/bench")
+    config = replace(CONFIG, output_dir=str(output), eval_data="", eval_steps=0)
+    state = observe_r1.prepare(config)
+    rows = state.problems.select(range(400, 416))
+    problems, ratios = list(rows), []
+
+    def our_step():
+        rollouts = observe_r1.rollout(state.model, state.processor, problems, config)
+        scores = observe_r1.score_rollouts(rollouts, problems, config)
+        advantages = observe_r1.group_advantages(scores["reward"], scores["weight"])
+        observe_r1.update(state, rollouts, advantages, config)
+
+    class Interleave(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            ratios.append((time.perf_counter() - self.started) / seconds(our_step))
+
+    def reward(completions, answer, **_):
+        texts = [completion[0]["content"] for completion in completions]
+        return [
+            rewards.accuracy_reward(text, gold) + rewards.format_reward(text)
+            for text, gold in zip(texts, answer)
+        ]
+
+    def conversation(problem):
+        system = {"role": "system", "content": observe_r1.PROMPTS["observe"]}
+        return {"prompt": [system, {"role": "user", "content": problem["question"]}]}
+
+    arguments = GRPOConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=16 * 8,
+        num_generations=8,
+        max_completion_length=config.max_new_tokens,
+        learning_rate=config.learning_rate,
+        beta=config.kl_coef,
+        max_steps=8,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=100,
+    )
+    GRPOTrainer(
+        model=observe_r1.load_model(config),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=rows.map(conversation),
+        processing_class=state.processor,
+        callbacks=[Interleave()],
+    ).train()
+    ratios = sorted(ratios[1:])  # the first warms up
+    text = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    row("a whole training step, 16 prompts x 8", "TRL's `GRPOTrainer`", text, "≥ 3")
+
+
 def main() -> None:
-    rows = {f.__name__: f for f in (rollout, update, memory, growth, answers)}
+    rows = {f.__name__: f for f in (rollout, update, memory, growth, answers, trl)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -11,8 +11,10 @@ pixels each (one visual token), and asks for their sum.
 What a pretrained model brings to reinforcement learning is that it can solve a problem and often
 does not. The warm start makes such a model in three phases:
 1. digits: read the strip aloud, k growing from 1 (without that ramp it stays at chance);
-2. solutions: observe, think, answer, all correct;
+2. solutions: (observe,) think, answer, all correct, one in five checked: so that checking neither
+   pays nor costs accuracy, and only the bonus speaks against it;
 3. habits: a mixture of good and bad ways to respond (HABITS), the right way one of several.
+Both reasoning prompts get the same share of each phase but the first, which reads strips aloud.
 """
 
 import argparse
@@ -116,22 +118,16 @@ def respond(digits, look=True, think=True, check=False, misread=0.0, rng=random)
     return text + f"<answer>{sum(read)}</answer>"
 
 
-# How often each habit occurs in phase 3, for each prompt (share, arguments of respond).
-HABITS = {
-    "observe": [
-        (0.20, dict(look=False, think=False, misread=0.7)),  # answers at once
-        (0.25, dict(look=False, misread=0.6)),  # reasons without observing
-        (0.27, dict(check=True)),  # does everything right, then checks it all again
-        (0.28, dict()),  # observe, think, answer
-    ],
-    "think": [
-        (0.25, dict(look=False, think=False, misread=0.7)),
-        (0.35, dict(look=False, misread=0.6)),
-        (0.20, dict(look=False, check=True)),
-        (0.20, dict(look=False)),
-    ],
-    "answer": [(1.0, dict(look=False, think=False, misread=0.5))],
-}
+# Phase 3: how often each habit occurs (share, arguments of respond). The same for both reasoning
+# prompts, but only the first of them is answered with an <observe> block.
+HABITS = [
+    (0.35, dict(look=False, think=False, misread=0.9)),  # answers at once
+    (0.35, dict(look=False, misread=0.8)),  # reasons without observing, mostly from a misread digit
+    (0.15, dict(check=True)),  # does everything right, then checks it all again
+    (0.15, dict()),  # observe, think, answer
+]
+BLIND = dict(look=False, think=False, misread=0.5)  # what the answer-only prompt gets
+CHECKED = 0.2  # share of the solutions in phase 2 that check, so that checking is done well
 
 
 # ---------------------------------------------------------------------------------- model
@@ -288,19 +284,23 @@ def warm_start(images, labels, held_out: list[dict], rng: random.Random, phases)
         ]
 
     def solutions(progress, batch):
-        kind = rng.choices(["observe", "think"], [0.8, 0.2])[0]
+        kind = rng.choice(["observe", "think"])
+        check = [rng.random() < CHECKED for _ in range(batch)]
         return kind, [
-            (problem, respond(problem["digits"], look=kind == "observe"))
-            for problem in problems(batch)
+            (problem, respond(problem["digits"], look=kind == "observe", check=again))
+            for problem, again in zip(problems(batch), check)
         ]
 
     def habits(progress, batch):
-        kind = rng.choices(["observe", "think", "answer"], [0.6, 0.25, 0.15])[0]
-        shares, ways = zip(*HABITS[kind])
-        return kind, [
-            (problem, respond(problem["digits"], rng=rng, **rng.choices(ways, shares)[0]))
-            for problem in problems(batch)
-        ]
+        kind = rng.choices(["observe", "think", "answer"], [0.4, 0.4, 0.2])[0]
+        shares, ways = zip(*HABITS)
+        examples = []
+        for problem in problems(batch):
+            way = BLIND if kind == "answer" else rng.choices(ways, shares)[0]
+            way = {"look": True, **way}
+            way["look"] &= kind == "observe"
+            examples.append((problem, respond(problem["digits"], rng=rng, **way)))
+        return kind, examples
 
     imitate(model, processor, digits, phases[0], 64, 2e-3)
     imitate(model, processor, solutions, phases[1], 48, 1e-3)
@@ -351,7 +351,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--phases", type=int, nargs=3, default=[1000, 2000, 200], help="steps of each"
+        "--phases", type=int, nargs=3, default=[1000, 2400, 300], help="steps of each"
     )
     parser.add_argument("--problems", type=int, default=960, help="problems of the ladder")
     args = parser.parse_args()
