@@ -893,6 +893,7 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
     for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
         with open(Path(config.output_dir) / name, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+    write_report(Path(config.output_dir))  # reload the page to follow a run
     progress.update()
     short = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
     progress.write("  ".join([f"step {state.step}"] + [

@@ -48,6 +48,7 @@ from observe_r1 import (
     update,
     vision_tokens,
 )
+from report import rollout_row, write_report
 from rewards import accuracy_reward, extract_answer
 
 HERE = Path(__file__).parent
@@ -1594,3 +1595,22 @@ def test_log_probabilities_take_little_memory(tmp_path):
         peaks.append(int(result.stdout))
     assert max(peaks) < 0.15 * 8 * 2048 * 151936 * 4
     assert peaks[1] == pytest.approx(peaks[0], rel=0.15)
+
+
+def test_report_escapes_what_a_model_or_a_file_wrote(tmp_path):
+    evil = "<script>x</script><observe>a<think>b</observe></think><answer>&</answer>"
+    numbers = {"accuracy": [1.0], "format": [0.0], "bonus": [0.2], "reward": [1.2]}
+    numbers |= {"weight": 1.0, "advantage": [0.5], "length": [9]}
+    problem = {"id": "<b>", "images": [], "question": "<script>q", "answer": "<i>"}
+    (tmp_path / "config.json").write_text(json.dumps({"model": "<script>m"}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.2}\n{"step": 2, "reward": 3}\n')
+    (tmp_path / "rollouts.jsonl").write_text("")
+    write_report(tmp_path)  # before the first rollout is written, and after
+    rows = [rollout_row(step, problem, [evil], numbers) for step in (1, 2)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<i>" not in page and "http" not in page
+    assert page.count("&lt;script&gt;x&lt;/script&gt;") == 2 and "step 2: 3<" in page
+    assert '<span class="answer">&lt;answer&gt;&amp;&lt;/answer&gt;</span>' in page
+    assert "bonus 0.2 ★" in page and "advantage +0.50" in page
