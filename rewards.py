@@ -10,37 +10,32 @@ What `answers_match` reads, tried from top to bottom; what no row reads is text:
     expression  + - * / ^ ( ) { } | |   \frac{1}{2}   \sqrt[3]{8}   2\sqrt{3}   \tan 45^\circ   x_1
     text        case, articles and outer punctuation do not count; "Yes, it is" is yes
 
-Numbers are exact fractions as long as they can be; a decimal of three or more digits also matches
-what rounds to it (3.14 and \pi). 3(4) is 12, 3 4 is nothing. Expressions are equal if they agree at
-fixed points. Python's parser reads an expression and a walk over its tree computes it, with length,
-depth and exponents capped: Python itself evaluates nothing.
+Numbers are exact fractions where they can be; a decimal of three or more digits also matches what
+rounds to it (3.14 and \pi). 3(4) is 12, 3 4 is nothing. Expressions are equal if they agree at
+fixed points. A walk over the tree of Python's parser computes them; nothing is evaluated.
 """
 
 import ast
+import functools
 import math
-import operator
 import re
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 
 MAX_LENGTH = 400  # longer answers are compared as text only
 
-# ------------------------------------------------------------------------------------------ answer
 def extract_answer(response: str) -> str | None:
     r"""The last complete <answer> block, else an unclosed one, else the last \boxed{}, else None.
-
-    None scores 0 (method, section 3).
 
     >>> extract_answer("<answer>1</answer> <answer>2</answer>"), extract_answer(r"so \boxed{12}")
     ('2', '12')
     """
-    start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
-    if start >= 0:
-        return response[start + 8:response.find("</answer>", start)]
-    start = response.rfind("<answer>")
-    if start >= 0:
-        return response[start + 8:]
+    if "<answer>" in response:
+        last = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
+        start = last if last >= 0 else response.rfind("<answer>")
+        return response[start + 8:].partition("</answer>")[0]
     start, depth = response.rfind(r"\boxed{"), 0
     for end in range(start + 6, len(response)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(response[end], 0)
@@ -55,8 +50,8 @@ _SYMBOLS = {  # LaTeX and Unicode spellings of one thing
         "cdot* times* ast* div/ leqslant≤ geqslant≥ leq≤ geq≥ le≤ ge≥ neq≠ ne≠ lt< gt> pm± infty∞ "
         "emptyset∅ varnothing∅ angle∠ degree° circ° {{ }} %% OmegaΩ muμ piπ alphaα betaβ gammaγ "
         "thetaθ phiφ varphiφ lambdaλ").split()},
-    **dict(pair.split(" ") for pair in "− -|– -|— -|× *|· *|⋅ *|÷ /|√ \\sqrt|∘ °|º °|µ μ|<= ≤|>= ≥|"
-           "!= ≠|： :|， ,|⁄ /".split("|")), "~": " ", "$": "",
+    **dict(pair.split(" ") for pair in "− -|– -|— -|× *|· *|⋅ *|÷ /|√ \\sqrt|∘ °|<= ≤|>= ≥|"
+           "!= ≠|⁄ /".split("|")), "~": " ", "$": "", "≈": "",
 }
 _SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (len(key) > 1 and key[-1].isalpha())
                               for key in sorted(_SYMBOLS, key=len, reverse=True)))
@@ -70,9 +65,8 @@ def _clean(answer: str) -> str:
     text = " ".join(answer.split())
     if len(text) > MAX_LENGTH:
         return text
-    plain = unicodedata.normalize
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + plain("NFKC", m[0]), text)  # ½ is 1⁄2
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + plain("NFKC", m[0]), text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", r"^\g<0>", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+    text = unicodedata.normalize("NFKC", text.replace("º", "°"))  # ½ is 1⁄2, ² is 2
     text = _WRAPPED.sub(r" \1 ", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
     text = re.sub(r"\^ ?(?:\{ ?°? ?\}|°)|\^o\b", "°", re.sub(r"\^ ?\{ ?° ?\}", "°", text))
     for _ in range(4):  # wrappers nest: **\boxed{...}**
@@ -85,64 +79,49 @@ def _clean(answer: str) -> str:
 def _choice(answer: str) -> str | None:
     """The letter of a choice: alone, in delimiters or before its text; None if unclear."""
     alone = re.fullmatch(r"[(\[{]? ?([A-Za-z]) ?[)\]}.:]?", answer)
-    if alone:
-        return alone[1].upper()
     marks = re.findall(r"(?:^|(?<=[\s,;]))(?:\(([A-Z])\)|([A-Z])[.):](?=\s|$)|([A-Z]) - )", answer)
-    letters = {"".join(mark) for mark in marks}
-    starts = re.match(r"\(?[A-Z](?:\)|[.:] | - )", answer)
+    letters = {alone[1].upper()} if alone else {"".join(mark) for mark in marks}
+    starts = alone or re.match(r"\(?[A-Z](?:\)|[.:] | - )", answer)
     return letters.pop() if starts and len(letters) == 1 else None
 
-# -------------------------------------------------------------------------------------- expression
 _FUNCTIONS = {  # and constants; frac and sqrt[n] take their arguments one by one
     **{name: getattr(math, name) for name in ("sin", "cos", "tan", "exp")}, "ln": math.log,
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "log": math.log10, "abs": abs,
     "frac": lambda top: lambda bottom: top / bottom, "sqrt": lambda radicand: _root(radicand, 2),
     "π": math.pi, "e": math.e, "inf": math.inf}
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv}
-_FAILURES = (ValueError, SyntaxError, ArithmeticError, TypeError, KeyError, RecursionError,
-             MemoryError)
+_OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 _MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
                     r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
-_TOKEN = re.compile(r" *(?:((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
+_TOKEN = re.compile(r" *(?:0*((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
                     + "|".join(sorted({*_FUNCTIONS} - {"π", "e", "inf"}, key=len, reverse=True))
-                    + r")(?![a-z])|([^\W\d_](?:_\w)?|∞)|([-+*/^()\[\]°]))")
+                    + r")(?![a-z])|([^\W\d_](?![A-Za-z]{2})(?:_\w)?|∞)|([-+*/^()\[\]°]))")
 
 def _parse(text: str) -> ast.expr:
     """Python's syntax tree of LaTeX or plain arithmetic; ValueError or SyntaxError if neither."""
     text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
     text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"_\{(\w)\}", r"_\1", text))
     text = re.sub(r"\|([^|]+)\|", r" abs(\1)", text).replace("{", "(").replace("}", ")")
-    source, place, before = [], 0, ""  # before: "" or what the last token was
-    while place < len(text):
-        token = _TOKEN.match(text, place)
-        if not token or token[3] and re.match("[A-Za-z]{3}", token[0].strip() + text[token.end():]):
-            raise ValueError("a word, or a symbol of something else")
-        place = token.end()
-        number, name, letter, mark = token.groups()
+    if _TOKEN.sub("", text).strip():
+        raise ValueError("a word, or a symbol of something else")
+    source = before = ""  # before: what the last token was
+    for number, name, letter, mark in _TOKEN.findall(text):
         if before == "atom" and not mark:
             if number:
                 raise ValueError("two numbers side by side are no product")
-            source.append("*")
-        if number:
-            number = re.sub(r"^0+(?=[0-9])", "", number).replace(" ", "").replace("°", "*deg")
-        atom = number or letter
-        if atom:
-            source.append(f"({atom})" if before == "name" else atom.replace("∞", "inf"))
-        else:
-            source.append(name or {"^": "**", "°": "*deg"}.get(mark, mark))
-        before = "name" if name else "atom" if atom or mark in tuple(")°") else ""
-    return ast.parse("".join(source).strip(), mode="eval").body
+            source += "*"
+        atom = number.replace(" ", "").replace("°", "*deg") or letter.replace("∞", "inf")
+        source += f"({atom})" if atom and before == "name" else (
+            atom or name or {"^": "**", "°": "*deg"}.get(mark, mark))
+        before = "name" if name else "atom" if atom or mark in ")°" else ""
+    return ast.parse(source, mode="eval").body
 
 def _root(radicand, n):
     near = round(abs(radicand) ** (1 / float(n))) if abs(radicand) < 1e12 else 0
     return Fraction(near) if near ** n == radicand else math.pow(radicand, 1 / n)
 
 def _compute(node: ast.expr, point: int, degree: float):
-    """Value of a syntax tree at a fixed point, a Fraction if it can be; may raise _FAILURES."""
-    def value(child):
-        return _compute(child, point, degree)
-
+    """Value of a syntax tree at a fixed point, a Fraction if it can be."""
+    value = functools.partial(_compute, point=point, degree=degree)
     match node:
         case ast.Constant():
             return Fraction(repr(node.value))
@@ -175,10 +154,9 @@ def _evaluate(text: str, point: int = 0):
         angle = math.pi / 180 if re.search("sin|cos|tan", text) else 1  # of one degree
         value = _compute(_parse(text), point, angle)
         return None if isinstance(value, complex) or math.isnan(value) else value
-    except _FAILURES:
+    except Exception:  # whatever a policy wrote: it is no expression
         return None
 
-# ------------------------------------------------------------------------------------- comparison
 _UNITS = dict(pair.split(":") for pair in (
     "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
     "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h "
@@ -187,12 +165,12 @@ _UNIT = re.compile(
     r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
     r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
     r"(?:[cmk]?m|k?g|m[lL]|ft|in)(?:\^?[23])?)")
+_DECIMAL = re.compile(r"-? ?([0-9]*)\.([0-9]+)")  # of three digits or more: may be rounded
 _WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 
 def _quantity(text: str) -> tuple[str, str]:
     """Number and unit, the unit in one spelling: '12 square centimeters' -> ('12', 'cm^2')."""
-    text = text.removeprefix("≈").strip()
     match = _UNIT.fullmatch(text)
     if not match or _evaluate(match[1]) is None or re.search("sin|cos|tan", text):
         return text, ""
@@ -202,15 +180,9 @@ def _quantity(text: str) -> tuple[str, str]:
                   lambda m: m[2] + ("3" if m[1] == "cubic" else "2"), unit)
     return match[1].strip(), re.sub(r"[ .^*]+", "", unit)
 
-def _places(text: str) -> int:
-    """Decimals of a literal of three or more digits, which may have been rounded; else 0."""
-    match = re.fullmatch(r"-? ?([0-9]*)\.([0-9]+)", text)
-    return len(match[2]) if match and len((match[1] + match[2]).lstrip("0")) >= 3 else 0
-
 def _same_number(a, b, places: int = 0) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction) and not places:
-        return a == b
-    within = 0.5000001 * 10 ** -places if places else 1e-9 * max(abs(a), abs(b))
+    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+    within = 0.5000001 * 10 ** -places if places else 0 if exact else 1e-9 * max(abs(a), abs(b))
     return a == b or abs(a - b) <= within
 
 def _same_quantity(a: str, b: str) -> bool:
@@ -219,36 +191,25 @@ def _same_quantity(a: str, b: str) -> bool:
     x, y = _evaluate(a), _evaluate(b)
     if x is None or y is None or unit_a and unit_b and unit_a != unit_b:
         return False
-    factors = [1]  # 50% is 50 or 0.5, 90 degrees is 90 or pi/2, if the other side has no unit
-    if unit_a != unit_b and (unit_a + unit_b) in ("%", "°"):
-        factors.append(Fraction(1, 100) if unit_a + unit_b == "%" else math.pi / 180)
-    places = [n for n in (_places(a), _places(b)) if n]
-    for factor in factors:
-        p, q = (x * factor, y) if unit_a else (x, y * factor)
-        rounding = min(places) if places and factor == 1 else 0
-        if _same_number(p, q, rounding):
-            pairs = [(_evaluate(a, k), _evaluate(b, k)) for k in (1, 2, 3)]
-            return factor != 1 or all(_same_number(s, t, rounding if s == x else 0)
-                                      for s, t in pairs if s is not None and t is not None)
-    return False
+    # 50% is 50 or 0.5, 90 degrees is 90 or pi/2, if the other side has no unit
+    factor = {"%": Fraction(1, 100), "°": math.pi / 180}.get(unit_a + unit_b)
+    if factor and (_same_number(x * factor, y) if unit_a else _same_number(x, y * factor)):
+        return True
+    decimals = filter(None, map(_DECIMAL.fullmatch, (a, b)))
+    places = min((len(m[2]) for m in decimals if len((m[1] + m[2]).lstrip("0")) > 2), default=0)
+    pairs = [(_evaluate(a, k), _evaluate(b, k)) for k in range(4)]
+    return all(_same_number(s, t, places if s == x else 0) for s, t in pairs
+               if s is not None and t is not None)
 
 def _items(text: str) -> tuple[str, list[str], str] | None:
     """(opening, items, closing) of a list, '' and '' if it is bare; None if it is no list."""
     if text.count("±") == 1:
         return "{", [text.replace("±", "+").lstrip("+ "), text.replace("±", "-")], "}"
-    depth, items, start = 0, [], 0
-    whole = text[:1] in ("(", "[", "{")
-    inner = text if whole else "(" + re.sub(r",? (?:and|or) ", ",", text) + ")"
-    for place, c in enumerate(inner):
-        depth += (c in "([{") - (c in ")]}")
-        if c in ",;" and depth == 1 or depth == 0:
-            items.append(inner[start + 1:place].strip())
-            start = place
-        if depth == 0 and place < len(inner) - 1:  # (1)(2): not one bracket around it all
-            return None
-    if depth or len(items) < 2 and inner[0] != "{":
-        return None
-    return (inner[0], items, inner[-1]) if whole else ("", items, "")
+    whole = re.fullmatch(r"([(\[{])(?![^(\[{]*[)\]}].)(.*)([)\]}])", text)  # not (1)(2)
+    opening, inner, closing = whole.groups() if whole else (
+        "", re.sub(r",? (?:and|or) ", ",", text), "")
+    items = [item.strip() for item in re.split(r"[,;](?![^(\[{]*[)\]}])", inner)]
+    return (opening, items, closing) if len(items) > 1 or opening == "{" else None
 
 def _same_list(a, b) -> bool:
     (open_a, a, close_a), (open_b, b, close_b) = a, b
@@ -256,14 +217,8 @@ def _same_list(a, b) -> bool:
         return False
     if open_a in ("(", "[") or open_b in ("(", "[") or len(a) > 12:
         return all(map(_same, a, b))
-    for item in a:  # sets and bare lists, in any order
-        found = next((other for other in b if _same(item, other)), None)
-        if found is None:
-            return False
-        b.remove(found)
-    return True
-
-_FLIPPED = str.maketrans("<>≤≥", "><≥≤")
+    return all(any(_same(x, y) for y in b) for x in a) and all(  # sets, bare lists: in any order
+        any(_same(x, y) for x in a) for y in b)
 
 def _solved(text: str) -> tuple[str, str]:
     """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
@@ -283,7 +238,8 @@ def _same_relation(a: str, b: str) -> bool:
             not re.search("[<>≤≥≠]", a + b)):
         return (not name_a or not name_b or name_a == name_b) and _same(value_a, value_b)
     left, right = (re.split("([=<>≤≥≠])", side) for side in (a, b))
-    for sides in (left, [part.translate(_FLIPPED) for part in left[::-1]]):
+    flipped = str.maketrans("<>≤≥", "><≥≤")
+    for sides in (left, [part.translate(flipped) for part in left[::-1]]):
         if sides[1::2] == right[1::2] and all(map(_same, sides[::2], right[::2])):
             return True
     if left[1::2] == right[1::2] == ["="]:  # the same curve
@@ -301,10 +257,8 @@ def _text(text: str) -> str:
 def _same(a: str, b: str) -> bool:
     """Two cleaned answers, no choices: the rows of the table in the module docstring."""
     plain_a, plain_b = _text(a), _text(b)
-    if plain_a == plain_b:
-        return bool(plain_b)
-    if max(len(a), len(b)) > MAX_LENGTH:
-        return False
+    if plain_a == plain_b or max(len(a), len(b)) > MAX_LENGTH:
+        return plain_a == plain_b != ""
     if plain_b in ("yes", "no", "true", "false"):
         return bool(re.match(plain_b + "[,.;]", a.lower()))
     lists = _items(a), _items(b)
@@ -321,25 +275,22 @@ def _same(a: str, b: str) -> bool:
             for plain, x in ((plain_a, a), (plain_b, b)))  # "three" is 3
     return _same_quantity(a, b)
 
-_UNREADABLE = {"n/a", "nan", "null", "", "?", "-"}
-
 def answers_match(prediction: str, gold: str) -> bool:
     r"""Whether two answers are the same by the rules in the module docstring.
 
-    gold: the reference; if it is empty or unreadable ("N/A", "?") nothing matches it, and if it is
-    one capital letter it is a choice. Never raises; the time is linear in the lengths.
+    An empty or unreadable gold ("N/A", "?") is matched by nothing; one that is a capital letter is
+    a choice. Never raises; the time is linear in the lengths.
 
     >>> answers_match(r"\frac{1}{2}", "0.5"), answers_match("3 4", "12"), answers_match("B. 5", "B")
     (True, False, True)
     """
     prediction, gold = _clean(prediction), _clean(gold)
-    if gold.lower() in _UNREADABLE or not re.search(r"\w|[∅∞°∠√]", gold):
+    if gold.lower() in ("n/a", "nan", "null") or not re.search(r"\w|[∅∞°∠√]", gold):
         return False
     if re.fullmatch(r"[(\[]?[A-Z][)\].:]?", gold):
         return _choice(prediction) == _choice(gold)
     return _same(prediction, gold)
 
-# ----------------------------------------------------------------------------------------- rewards
 def accuracy_reward(response: str, gold: str) -> float:
     """1.0 if the final answer of the response matches the gold, else 0.0 (method, section 3).
 
@@ -357,8 +308,6 @@ def format_reward(response: str, observe: bool = True) -> float:
 
     >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
     0.5
-    >>> format_reward("<think>b</think><answer>c</answer>")
-    0.0
     """
     names = ("observe", "think", "answer") if observe else ("think", "answer")
     pieces = re.split(f"(</?(?:{'|'.join(names)})>)", response)
@@ -382,12 +331,10 @@ def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: i
     """
     if not correct or len(correct) != len(lengths) or min(lengths) < 0:
         raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} of {lengths}")
-    rewards = [0.0] * len(correct)
     right = [i for i, is_correct in enumerate(correct) if is_correct]
     shortest = min(right, key=lambda i: lengths[i], default=None)
-    if shortest is not None and lengths[shortest] > min_length:
-        rewards[shortest] = bonus
-    return rewards
+    paid = shortest is not None and lengths[shortest] > min_length
+    return [bonus if paid and i == shortest else 0.0 for i in range(len(correct))]
 
 def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
     """w(d) = 4 sigma d (1 - d) for the share d of correct responses (method, section 4).

@@ -559,18 +559,18 @@ def test_reflexive_and_symmetric_on_numbers():
 
 
 def test_growth_is_linear():
-    """Twice the input takes about twice the time; a quadratic rule would take four times."""
+    """Four times the input takes about four times the time; a quadratic rule would take 16."""
     for piece in ("<think>", "</answer>", r"\boxed{", "(1+", "A) ", "<observe>x</observe>"):
         seconds = []
-        for size in (100_000, 200_000, 400_000):
+        for size in (100_000, 200_000, 400_000):  # doubled, and doubled again
             text = piece * (size // len(piece))
             seconds.append(
                 min(
                     timed(lambda: (format_reward(text), accuracy_reward(f"<answer>{text}", "12")))
-                    for _ in range(3)
+                    for _ in range(5)
                 )
             )
-        assert seconds[2] < 3 * seconds[1] + 0.005 and seconds[1] < 3 * seconds[0] + 0.005, piece
+        assert seconds[2] < 8 * seconds[0] + 0.01, (piece, seconds)
 
 
 def timed(work):
