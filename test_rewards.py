@@ -153,6 +153,10 @@ SAME = [
     ("AC", "AC"),
     ("3x", "3*x"),
     ("log_2 8", "log_2 8"),
+    ("90°", r"\frac{\pi}{2}"),
+    (r"\tan 45^\circ", "1"),
+    (r"\sin(30°)", "0.5"),
+    (r"\cos(\frac{\pi}{3})", "0.5"),
 ]
 DIFFERENT = [
     ("2,3", "(3,2)"),
@@ -201,6 +205,12 @@ DIFFERENT = [
     ("12.01", "12"),
     ("2.01", "2"),
     ("17/12", r"\sqrt{2}"),
+    ("?", "?"),
+    ("-", "-"),
+    ("A. 5 or C. 6", "A"),
+    ("A. 5 or C. 6", "C"),
+    ("90°", r"\pi"),
+    ("1+" * 300 + "1", "301"),  # too long to be computed
 ]
 
 
@@ -212,6 +222,12 @@ def test_equal_answers(prediction, gold):
 @pytest.mark.parametrize("prediction, gold", DIFFERENT)
 def test_different_answers(prediction, gold):
     assert not answers_match(prediction, gold)
+
+
+def test_equal_at_one_point_is_not_equal():
+    """x takes the value -400/211 or so at the first point; no number is x."""
+    value = rewards._evaluate("x", 0)
+    assert value is not None and not answers_match(f"({value})", "x")
 
 
 def test_accuracy_needs_an_answer_and_does_not_look_elsewhere():
@@ -246,6 +262,7 @@ def test_accuracy_needs_an_answer_and_does_not_look_elsewhere():
         ("<answer>c</answer><observe>a</observe><think>b</think>", 0.0),
         ("<observe>a</observe><answer>c</answer><think>b</think>", 0.0),
         ("</observe>a<observe><think>b</think><answer>c</answer>", 0.0),
+        ("<think>a <observe>b</observe> c</think> so <answer>d</answer>", 0.0),
         ("<think>b</think><answer>c</answer>", 0.0),
         ("", 0.0),
     ],
