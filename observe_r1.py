@@ -513,8 +513,7 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
 def train(config: Config, rollout=rollout) -> dict:
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
     started, state, output = time.time(), prepare(config, rollout), Path(config.output_dir)
-    progress = tqdm(state.steps, unit="step", desc="training", disable=RANK > 0)
-    progress.update(state.step)  # above 0 if resumed
+    progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
     for rows in state.steps[state.step:]:  # easy to hard
         clock = time.time()
         transformers.set_seed(hash((config.seed, state.step, RANK)) % 2**32)  # resume needs no more
@@ -529,9 +528,10 @@ def train(config: Config, rollout=rollout) -> dict:
             metrics["eval_accuracy"] = measure(state, config, rollout)["accuracy"]
         metrics["seconds"] = round(time.time() - clock, 3)
         log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
-        if config.save_steps and state.step % config.save_steps == 0 or any(gather(state.stop)):
+        stop = any(gather(state.stop))  # Ctrl-C may reach one process alone
+        if stop or config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(state, config)
-        if any(gather(state.stop)):
+        if stop:
             raise SystemExit(f"stopped after step {state.step}; --resume true goes on from there")
     save_model(state, output / "final")
     summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
@@ -571,8 +571,7 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
         most = max(gather(len(mine)))  # all processes make as many passes, or they would wait
         for i in mine + [None] * (most - len(mine)):
             row, part = (0, slice(0, 1)) if i is None else passes[i]
-            log_probs = state.model.run(
-                group_log_probs, state.model, rollouts, row, part, config)
+            log_probs = state.model.run(group_log_probs, state.model, rollouts, row, part, config)
             if i is None:
                 (0 * log_probs.sum()).backward()
                 continue

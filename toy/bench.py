@@ -56,27 +56,30 @@ def toy():
 
 
 def rollout() -> None:
-    """16 prompts x 8 responses of 64 tokens, none ends early."""
+    """16 prompts x 8 responses: 64 tokens each, none ends early; and up to 128, as they end."""
     model, processor, problems = toy()
     prompt = observe_r1.encode_prompts(list(problems.select(range(400, 416))), processor, CONFIG)
-    config, model = replace(CONFIG, max_new_tokens=64), model.eval()
-    inputs = {name: value for name, value in prompt.items() if name != "num_images"}
+    model, inputs = model.eval(), {n: v for n, v in prompt.items() if n != "num_images"}
+    stop = model.generation_config.eos_token_id
 
-    def ours():
-        observe_r1.sample(model, prompt, [-1], config)
+    def ours(stop, longest):
+        observe_r1.sample(model, prompt, stop, replace(CONFIG, max_new_tokens=longest))
 
-    def theirs():
+    def theirs(shortest, longest):
         with torch.no_grad():
             model.generate(
                 **inputs,
                 do_sample=True,
                 top_k=0,
                 num_return_sequences=8,
-                min_new_tokens=64,
-                max_new_tokens=64,
+                min_new_tokens=shortest,
+                max_new_tokens=longest,
             )
 
-    row("rollout, 16 prompts x 8 x 64 tokens", "`generate`", compare(ours, theirs)[1], "≥ 2")
+    same = compare(lambda: ours([-1], 64), lambda: theirs(64, 64))[1]
+    row("rollout, 16 prompts x 8, 64 tokens each", "`generate`", same, "≥ 2")
+    natural = compare(lambda: ours(stop, 128), lambda: theirs(None, 128), repeats=15)[1]
+    row("rollout, 16 prompts x 8, as long as they come", "`generate`", natural, "≥ 2")
 
 
 def group(model, processor, P: int, R: int, G: int = 8):
