@@ -1,5 +1,6 @@
 """Tests of observe_r1.py against slow, obvious calculations; all of them offline and on a CPU."""
 
+import ast
 import copy
 import doctest
 import importlib.util
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -280,7 +282,7 @@ def test_log_probs_equal_those_of_generation(model, processor, problems, config,
         sampled[length > t, t] = values  # finished responses have left the batch
     found = response_log_probs(model, rollouts, config)
     assert (rollouts.prompt["attention_mask"].sum(-1) < rollouts.prompt["input_ids"].shape[1]).any()
-    torch.testing.assert_close(found.flatten(0, 1), sampled, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.flatten(0, 1), sampled, atol=1e-4, rtol=0)
 
 
 def test_log_probs_and_gradients_equal_the_slow_version(model, processor, problems, config):
@@ -930,7 +932,7 @@ def test_ladder(few, tmp_path):
         "parquet", data_files=str(tmp_path / "a" / "review.parquet"), split="train"
     )
     assert set(review["id"]) == {key for key, row in scores.items() if not any(row["accuracy"])}
-    assert len(review) > 1 and all(review["keep"])
+    assert len(review) >= 1 and all(review["keep"])
     for row in review:
         answers = [extract_answer(text) or "" for text in scores[row["id"]]["responses"]]
         assert answers.count(row["most_common"]) == max(map(answers.count, answers))
@@ -1603,7 +1605,9 @@ def test_report_escapes_what_a_model_or_a_file_wrote(tmp_path):
     numbers |= {"weight": 1.0, "advantage": [0.5], "length": [9]}
     problem = {"id": "<b>", "images": [], "question": "<script>q", "answer": "<i>"}
     (tmp_path / "config.json").write_text(json.dumps({"model": "<script>m"}))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.2}\n{"step": 2, "reward": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 1.2}\n{"step": 2, "reward": 3}\n'
+    )
     (tmp_path / "rollouts.jsonl").write_text("")
     write_report(tmp_path)  # before the first rollout is written, and after
     rows = [rollout_row(step, problem, [evil], numbers) for step in (1, 2)]
@@ -1614,3 +1618,62 @@ def test_report_escapes_what_a_model_or_a_file_wrote(tmp_path):
     assert page.count("&lt;script&gt;x&lt;/script&gt;") == 2 and "step 2: 3<" in page
     assert '<span class="answer">&lt;answer&gt;&amp;&lt;/answer&gt;</span>' in page
     assert "bonus 0.2 ★" in page and "advantage +0.50" in page
+
+
+# ------------------------------------------------------------------------------------- snippets
+
+PASTED = {  # what each needs beside itself, and a call
+    "group_advantages": "torch.tensor([[1.0, 0.0]]), torch.tensor([1.0])",
+    "grpo_loss": "*[torch.zeros(2, 3)] * 3, torch.ones(2), torch.ones(2, 3)",
+    "mix_ladder": "[0, 0.5, 1], [3, 4, 5]",
+    "token_log_probs": "torch.ones(2, 4), torch.tensor([0, 1]), torch.nn.Linear(4, 5), [], 1.0",
+    "pack_group": "{'input_ids': torch.ones(1, 3, dtype=int), 'position_ids': torch.arange(3)"
+    ".expand(3, 1, 3)}, torch.ones(2, 2, dtype=int), torch.ones(2, 2, dtype=int)",
+}
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_each_equation_runs_when_pasted_alone(name):
+    """With the constants that it names, numpy, torch and the standard library; nothing else."""
+    tree = ast.parse(Path(observe_r1.__file__).read_text())
+    imports = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        and "rewards" not in (ast.unparse(node))
+        and "report" not in ast.unparse(node)
+    ]
+    (function,) = [node for node in tree.body if getattr(node, "name", None) == name]
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    constants = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in used
+    ]
+    scope = {}
+    exec("\n".join(map(ast.unparse, [*imports, *constants, function])), scope)
+    results = []
+    for place in (scope, vars(observe_r1)):
+        torch.manual_seed(0)
+        results.append(eval(f"{name}({PASTED[name]})", place))
+    torch.testing.assert_close(*results)
+
+
+def test_commands_of_the_readme_name_options_that_exist():
+    """Every `observe_r1.py` line of the README parses; … stands for more options."""
+    text = (HERE / "README.md").read_text()
+    lines = re.findall(r"observe_r1\.py ((?:train|ladder|eval)[^`\n#]*)", text)
+    assert len(lines) > 8
+    for line in lines:
+        words = [word for word in line.split() if word not in ("…", "...")]
+        if "--help" not in words:
+            command, config = parse_arguments(words)
+            assert command in observe_r1.COMMANDS
+
+
+def test_the_readme_links_every_file_it_names():
+    text = (HERE / "README.md").read_text()
+    for name in re.findall(r"`((?:toy/)?[\w.]+\.(?:py|svg|jsonl))`|\]\((toy/[\w.]+)\)", text):
+        file = name[0] or name[1]
+        if "/" in file or file in ("rewards.py", "report.py", "observe_r1.py"):
+            assert (HERE / file).exists(), file
