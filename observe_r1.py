@@ -4,6 +4,7 @@
     python observe_r1.py ladder --model Qwen/Qwen2.5-VL-3B-Instruct --data raw.parquet
     python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
     python observe_r1.py eval --model runs/3b/final --data AI4Math/MathVista --split testmini
+    torchrun --nproc_per_node 8 observe_r1.py train ...   # and ladder, eval
 
 It reads in the order of a run. Unlike the paper's released code: KL is part of the loss, so that a
 group of weight zero moves nothing; the loss is a mean over a response's tokens, then responses,
@@ -631,10 +632,11 @@ def shard(model, config: Config):
     model.run = lambda function, *arguments: function(*arguments)
     if torch.distributed.is_initialized():
         model.run = run
-        half = torch.bfloat16 if torch.cuda.is_available() else None
-        place = fsdp.CPUOffloadPolicy if config.cpu_offload else fsdp.OffloadPolicy
-        how = {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
-               "offload_policy": place()}
+        gpu = torch.cuda.is_available()
+        how = {"mp_policy": fsdp.MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if gpu else None, reduce_dtype=torch.float32)}
+        if config.cpu_offload:
+            how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=gpu)
         for part in (*model.model.language_model.layers, model):
             fsdp.fully_shard(part, **how)
         fsdp.register_fsdp_forward_method(model, "run")
@@ -831,6 +833,8 @@ def restore(state, folder: Path) -> None:
         group["lr"] = state.scheduler.get_last_lr()[0]
     for name in ("step", "optimizer_step", "skipped", "before"):
         setattr(state, name, saved[name])
+    if RANK == 0:
+        print(f"goes on after step {state.step}, from {folder}")
 
 def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
     """Yield, for each problem, a row of its responses and what they scored: lists of G values.
@@ -935,8 +939,8 @@ def ladder(config: Config) -> dict:
     """
     before = time.time()
     file, later = Path(config.output_dir) / "config.json", {"drop_easy", "drop_hardest", "review"}
-    old = json.loads(file.read_text()) if file.exists() else asdict(config)
-    if changed := [f"--{k}" for k, v in asdict(config).items() if k not in later and old[k] != v]:
+    old, new = json.loads(file.read_text()) if file.exists() else {}, asdict(config)
+    if changed := [f"--{k}" for k in old if k not in later and old[k] != new.get(k)]:
         raise ValueError(f"{file.parent} holds scores of other {changed}: use another --output_dir")
     output, processor, raw = start(config)
     raw = raw.select_columns(["id", "images", "question", "answer", "category"])  # no old scores
