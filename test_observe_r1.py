@@ -1054,7 +1054,7 @@ def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
 
 
 PICTURE = {"bytes": None, "path": "pictures/a.png"}
-BENCHMARKS = {  # one row in the columns of each, and what it must become
+BENCHMARKS = {  # one row in the columns that lmms-eval 0.7.3 reads, and what it must become
     "MathVista": (
         {
             "pid": "1",

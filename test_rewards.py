@@ -444,12 +444,15 @@ def test_adapter_for_easyr1():
 
 
 def test_adapter_for_openrlhf():
+    """Called as SingleTurnExecutor._fetch_rewards_via_func does; the prompt asks for the tags."""
     reward = readme_block("def reward_func")["reward_func"]
-    result = reward(
-        ["<answer>5</answer>" + GOOD, "q" + "12"], ["<answer>5</answer>", "q"], ["12"] * 2
-    )
-    assert result["rewards"].tolist() == [1.5, 0.0] and result["scores"].tolist() == [1.0, 0.0]
-    assert result["extra_logs"]["format"].tolist() == [0.5, 0.0]
+    asked = "<|im_start|>system\nUse <observe> </observe> <answer>5</answer><|im_end|>\n"
+    for response, rewarded in ((GOOD, [1.5, 1.0, 0.5]), ("12", [0.0, 0.0, 0.0])):
+        prompt = asked + "<|im_start|>user\n<|image_pad|>?<|im_end|>\n<|im_start|>assistant\n"
+        query = prompt.replace("<|image_pad|>", "<|image_pad|>" * 9) + response + "<|im_end|>"
+        result = reward([query], [prompt], ["12"])
+        assert result["rewards"].tolist() == rewarded[:1] and result["scores"].item() == rewarded[1]
+        assert result["extra_logs"]["format"].tolist() == rewarded[2:]
 
 
 def test_math_verify_can_be_plugged_in(monkeypatch):
