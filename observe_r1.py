@@ -625,8 +625,8 @@ def shard(model, config: Config):
     FSDP collects the weights of a layer when it runs, in bf16 on a GPU, and those outside of layers
     when the whole model is called. We call its parts, so `run` takes the place of that call.
     """
-    def run(function, *arguments):  # text alone leaves no gradient in the vision tower of one
-        vision = [p for p in model.model.visual.parameters() if p.requires_grad]  # process: wait
+    def run(function, *arguments):  # gradients of all weights, even of a tower that saw no picture
+        vision = [p for p in model.model.visual.parameters() if p.requires_grad]
         return function(*arguments) + 0 * sum(p.flatten()[0] for p in vision)
 
     model.run = lambda function, *arguments: function(*arguments)
