@@ -738,20 +738,28 @@ def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
         stop=False, before={}, identity=identity(config, problems))
     if folder:
         restore(state, folder)
-    for name in ("metrics.jsonl", "rollouts.jsonl") if RANK == 0 else ():  # no step stands twice
-        (output / name).touch()
-        lines = (output / name).read_bytes().splitlines(keepends=True)
-        lines = [n for n in lines if n.endswith(b"\n") and json.loads(n)["step"] <= state.step]
-        os.truncate(output / name, sum(map(len, lines)))
+    if RANK == 0:
+        cut_logs(output, state.step)
     state.before = state.before or measure(state, config, rollout)
+    stop_on_signals(state)
+    return state
 
-    def stop(*_):  # Ctrl-C, or the end of a machine's loan: finish the step, save, leave
+def stop_on_signals(state) -> None:
+    """Ctrl-C, or the end of a machine's loan: finish the step, save, leave. Twice: at once."""
+    def stop(*_):
         state.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # twice: leave at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    return state
+
+def cut_logs(output: Path, step: int) -> None:
+    """Cut what was logged after `step` (0: everything), so that no step stands twice."""
+    for file in (output / "metrics.jsonl", output / "rollouts.jsonl"):
+        file.touch()
+        lines = file.read_bytes().splitlines(keepends=True)
+        kept = [n for n in lines if n.endswith(b"\n") and json.loads(n)["step"] <= step]
+        os.truncate(file, sum(map(len, kept)))
 
 def identity(config: Config, problems) -> dict:
     """What must be the same when a run goes on: options, the content of the data, processes."""
