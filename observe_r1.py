@@ -535,8 +535,9 @@ def train(config: Config, rollout=rollout) -> dict:
         if stop:
             raise SystemExit(f"stopped after step {state.step}; --resume true goes on from there")
     save_model(state, output / "final")
+    after = measure(state, config, rollout)
     summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
-    for when, means in (("before", state.before), ("after", measure(state, config, rollout))):
+    for when, means in (("before", state.before), ("after", after)):
         summary |= {f"{name}_{when}": round(value, 4) for name, value in means.items()}
     if RANK == 0:
         (output / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -217,8 +217,8 @@ def _same_list(a, b) -> bool:
         return False
     if open_a in ("(", "[") or open_b in ("(", "[") or len(a) > 12:
         return all(map(_same, a, b))
-    return all(any(_same(x, y) for y in b) for x in a) and all(  # sets, bare lists: in any order
-        any(_same(x, y) for x in a) for y in b)
+    # sets and bare lists, in any order: each item as often in one as in the other
+    return all(sum(_same(x, y) for y in b) == sum(_same(x, y) for y in a) > 0 for x in a)
 
 def _solved(text: str) -> tuple[str, str]:
     """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""

@@ -40,9 +40,8 @@ def compare(ours, theirs, repeats: int = 7) -> tuple[float, str]:
     """How many times as long theirs takes; one warm-up each, then turn and turn about."""
     seconds(ours), seconds(theirs)
     ratios = [seconds(theirs) / seconds(ours) for _ in range(repeats)]
-    return (
-        median := statistics.median(ratios)
-    ), f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    median = statistics.median(ratios)
+    return median, f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def row(*cells) -> None:
@@ -132,14 +131,13 @@ def update() -> None:
         )
 
 
-def peak(chunked: bool) -> float:
+def peak() -> float:
     """GB that log-probabilities of 8 x 2,048 tokens over 151,936 take at most, with gradients."""
     hidden = torch.randn(8 * 2048, 8, requires_grad=True)
     head, targets = torch.nn.Linear(8, 151936, bias=False), torch.randint(151936, (8 * 2048,))
     head(hidden[:64]).sum().backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if chunked:
-        observe_r1.token_log_probs(hidden, targets, head, [], 1.0).sum().backward()
+    observe_r1.token_log_probs(hidden, targets, head, [], 1.0).sum().backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024e-9
 
 
@@ -147,7 +145,7 @@ def memory() -> None:
     """In a fresh process, because a process never forgets its peak."""
     full = 8 * 2048 * 151936 * 4e-9
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        ours = pool.apply(peak, (True,))
+        ours = pool.apply(peak)
     row(
         "peak memory of log-probabilities, V = 151,936, T = 2,048, G = 8",
         f"one copy of all logits in fp32, {full:.1f} GB",
