@@ -6,25 +6,19 @@
     python observe_r1.py eval --model runs/3b/final --data AI4Math/MathVista --split testmini
     torchrun --nproc_per_node 8 observe_r1.py train ...   # and ladder, eval
 
-It reads in the order of a run. Unlike the paper's released code: KL is part of the loss, so that a
-group of weight zero moves nothing; the loss is a mean over a response's tokens, then responses,
-however memory splits them; mini-batches are whole groups, so that a prompt and its picture are
-encoded once; no prompt is cut and no problem dropped; accuracy is kept apart from other rewards.
+It reads in the order of a run. What differs from the paper's released code:
+1. KL is part of the loss, not of the reward, so that a group of weight zero moves nothing.
+2. The loss is a mean over a response's tokens, then responses, however memory splits them.
+3. Mini-batches are whole groups, so that a prompt and its picture are encoded once.
+4. No prompt is cut and no problem dropped; accuracy is kept apart from the other rewards.
 Shapes: B prompts, G responses each, P prompt tokens, T response tokens, N responses (or tokens) in
 a flat list, H hidden size, V vocabulary.
 """
-import hashlib
 import json
-import os
 import random
-import re
-import shutil
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -33,23 +27,21 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from PIL.Image import DecompressionBombError
 from qwen_vl_utils import process_vision_info
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.distributed import fsdp
-from torch.distributed.checkpoint import state_dict as dcp
+from safetensors import SafetensorError
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from report import rollout_row, write_report
+from plumbing import (
+    RANK, WORLD, append_log, check_options, eight_bit, gather, gathered, identity, join_processes,
+    last_checkpoint, load_problems, log_step, read_log, restore, save_checkpoint, save_model, shard,
+    stop_on_signals)
+from report import write_report
 from rewards import (
     accuracy_reward, answers_match, bonus_rewards, dynamic_weight, extract_answer, format_reward)
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 @dataclass
 class Config:
@@ -98,18 +90,9 @@ class Config:
     review: str = HfArg(default="", help="ladder: review.parquet with a person's marks in `keep`")
 
 # ---------------------------------------------------------------------------------------- problems
-# A problem is a picture (or several, or none), a question and a short answer. Data sets disagree on
-# column names: the table lists what each of ours is called elsewhere, the preferred name first.
+# A problem is a picture (or several, or none), a question and a short answer. The paper's prompt is
+# not published, so this one is ours. It asks for three blocks, which the format reward checks.
 
-COLUMNS = {
-    "id": ("id", "pid", "ID", "question_id", "sample_index", "index", "problem_id"),
-    "images": ("images", "decoded_image", "image", "image_path", "img", "image_1", "file_name"),
-    "question": ("question", "problem", "query", "prompt", "message", "messages"),
-    "answer": ("answer", "solution", "ground_truth", "gold", "label"),
-    "options": ("options", "choices", "option"),
-    "category": ("category", "subject", "subfield", "knowledge concept"),
-}
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PROMPTS = {
     "observe": "Look at the image carefully before you reason. First describe what matters for the "
     "question inside <observe> </observe>, then reason step by step inside <think> </think>, and "
@@ -119,105 +102,6 @@ PROMPTS = {
     "answer": "Give only the final answer inside <answer> </answer>, without any reasoning.",
 }
 
-def load_problems(source: str, split: str = "train", processor=None, config=None):
-    """Read any common layout into a Dataset of id, images, question, answer (and ladder scores).
-
-    source: hub id, folder, or file of a type in READERS; picture paths start at its folder. With
-    processor and Config each prompt is encoded once, to measure it. A ValueError names the first
-    row that cannot be used: no or damaged picture, empty or impossible answer, control tokens in
-    the question, prompt too long.
-    """
-    path, reader = Path(source), READERS.get(Path(source).suffix.lower())
-    try:
-        files = {"data_files": str(path)} if reader else {}
-        raw = datasets.load_dataset(reader or source, split=split, **files)
-    except (FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"{source}: cannot be read: {error.__cause__ or error}") from error
-    names = {ours: next((name for name in theirs if name in raw.column_names), None)
-             for ours, theirs in COLUMNS.items()}
-    for ours in ("question", "answer"):
-        if names[ours] is None:
-            raise ValueError(f"{source}: no column {COLUMNS[ours]}, only {raw.column_names}")
-    scores = [n for n in ("difficulty", "complexity", "stage") if n in raw.column_names]
-    features = {name: datasets.Value("string")
-                for name in ("id", "question", "answer", "category")}
-    features |= {"images": datasets.List(datasets.Image()), **{n: raw.features[n] for n in scores}}
-    for name, feature in raw.features.items():  # pictures stay bytes or a path until looked at
-        if isinstance(feature, datasets.Image):
-            raw = raw.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            raw = raw.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    read = partial(_read_row, names=names, folder=path.parent if reader else path,
-                   processor=processor, config=config)
-    return raw.map(  # never from the cache: a picture mended on disk must be looked at again
-        read, with_indices=True, remove_columns=[n for n in raw.column_names if n not in scores],
-        features=datasets.Features(features), load_from_cache_file=False, desc=path.name)
-
-def _read_row(row: dict, index: int, names: dict, folder: Path, processor, config) -> dict:
-    """One row in our columns, after a look at all that training will need of it."""
-    value = {ours: row[name] if name else None for ours, name in names.items()}
-    out = {"id": str(index if value["id"] is None else value["id"]), "images": [],
-           "category": str(value["category"] or "")}
-    try:
-        question, pictures = _read_message(value["question"])
-        if names["images"] == "image_1":  # one column for each picture
-            pictures = [row[name] for name in sorted(row) if re.fullmatch(r"image_\d+", name)]
-        elif names["images"]:
-            pictures = value["images"] if isinstance(value["images"], list) else [value["images"]]
-        for picture in filter(None, pictures):
-            if isinstance(picture, str):
-                picture = {"path": str(folder / picture.removeprefix("file://")), "bytes": None}
-            out["images"].append(picture)
-        out["question"], out["answer"] = _add_options(question, value["answer"], value["options"])
-        if not out["question"].strip() or not out["answer"]:
-            raise ValueError("the question or the answer is empty")
-        images = [datasets.Image().decode_example(picture) for picture in out["images"]]
-        if processor is not None:
-            tokens = processor.tokenizer.added_tokens_decoder.values()
-            if found := [t.content for t in tokens if t.special and t.content in out["question"]]:
-                raise ValueError(f"the question holds the control tokens {found}")
-            prompt = encode_prompts([out | {"images": images}], processor, config)["input_ids"]
-            if prompt.shape[1] > config.max_prompt_tokens:
-                raise ValueError(f"the prompt has {prompt.shape[1]} tokens, --max_prompt_tokens is "
-                                 f"{config.max_prompt_tokens}; --max_pixels makes it shorter")
-    except (ValueError, OSError, SyntaxError, DecompressionBombError) as error:  # ours and PIL's
-        raise ValueError(f"row {index} (id {out['id']}) cannot be used: {error}") from error
-    return out
-
-def _read_message(question) -> tuple[str, list]:
-    """Text and pictures of a plain question or of chat messages (a list, or its JSON string)."""
-    if isinstance(question, str) and question.lstrip().startswith('[{"'):
-        question = json.loads(question)
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    contents = [message["content"] for message in messages if message["role"] == "user"]
-    parts = [part for content in contents for part in (
-        content if isinstance(content, list) else [{"text": str(content or "")}])]
-    text = "\n".join(part["text"] for part in parts if part.get("text"))
-    text = re.sub(r"<image\s?(\d*)>", lambda mark: mark[1] and f"picture {mark[1]}", text)
-    return text.strip(), [part["image"] for part in parts if part.get("image")]
-
-def _add_options(question: str, answer, options) -> tuple[str, str]:
-    """Append lettered options to the question; a gold that quotes one becomes its letter."""
-    answer = "" if answer is None else str(answer).strip()
-    if isinstance(options, str):  # ["x", "y"], MMMU's ['x', 'y'], We-Math's "A. x; B. y"
-        quoted = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", options)
-        options = [re.sub(r"\\(.)", r"\1", a or b) for a, b in quoted] if options[:1] == "[" else (
-            re.split(r"(?:^|;)\s*[A-Z][.)]\s*", options)[1:])
-    if not options:
-        return question, answer
-    texts = [str(o).strip() for o in (options.values() if isinstance(options, dict) else options)]
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(texts)]
-    letter = letters[texts.index(answer)] if answer in texts else answer.strip("(). ").upper()
-    if len(letter) != 1 or letter not in letters:
-        raise ValueError(f"the answer {answer!r} is none of the options {texts}")
-    return "\n".join([question, *(f"({a}) {b}" for a, b in zip(letters, texts))]), letter
-
-def _eight_bit(image):
-    """A picture that qwen-vl-utils shows right: 16 bits scaled down, transparency made explicit."""
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 257).convert("L")
-    return image.convert("RGBA") if image.has_transparency_data else image
-
 def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
     """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
 
@@ -226,7 +110,7 @@ def encode_prompts(problems: list[dict], processor, config: Config) -> transform
     """
     system, chats = config.system_prompt or PROMPTS["observe" if config.observe else "think"], []
     for problem in problems:
-        pictures = [{"type": "image", "image": _eight_bit(image), "min_pixels": config.min_pixels,
+        pictures = [{"type": "image", "image": eight_bit(image), "min_pixels": config.min_pixels,
                      "max_pixels": config.max_pixels} for image in problem["images"]]
         user = [*pictures, {"type": "text", "text": problem["question"]}]
         chats.append([{"role": "system", "content": system}, {"role": "user", "content": user}])
@@ -237,9 +121,24 @@ def encode_prompts(problems: list[dict], processor, config: Config) -> transform
     batch["num_images"] = torch.tensor([len(problem["images"]) for problem in problems])
     return batch
 
+def prompt_check(processor, config: Config):
+    """A function for load_problems: ValueError for a problem that must not become a prompt."""
+    tokens = processor.tokenizer.added_tokens_decoder.values()
+    control = [token.content for token in tokens if token.special]
+
+    def check(problem: dict) -> None:
+        if found := [token for token in control if token in problem["question"]]:
+            raise ValueError(f"the question holds the control tokens {found}")
+        length = encode_prompts([problem], processor, config)["input_ids"].shape[1]
+        if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
+            raise ValueError(f"the prompt has {length} tokens, --max_prompt_tokens is "
+                             f"{config.max_prompt_tokens}; --max_pixels makes it shorter")
+    return check
+
 # ------------------------------------------------------------------------------------------ ladder
-# The paper's NeuraLadder: nine levels of difficulty (share of wrong responses among 8) and nine
-# stages; each stage draws mostly from its own level and a little from the four nearest ones.
+# The paper's NeuraLadder: difficulty d = share of wrong responses among 8, so nine levels, and nine
+# stages; each stage draws mostly from its own level and a little from the four nearest ones. As
+# each problem comes once, shares and level sizes leave no choice of the stages' sizes.
 
 STAGES = (  # the paper's figure: lowest level of a stage, shares of five levels from there upwards
     (0, (0.29, 0.18, 0.19, 0.19, 0.17)),
@@ -307,7 +206,8 @@ def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
     return [order[int((k + 0.5) * stride)] for k in range(min(count, len(order)))]
 
 # ----------------------------------------------------------------------------------------- rollout
-# For each prompt the policy, as it is now, writes G responses.
+# For each prompt the policy, as it is now, writes G responses, by softmax(logits / temperature).
+# Tokens that stand for pictures are never sampled: the next pass would look for their picture.
 
 @dataclass
 class Rollouts:
@@ -318,17 +218,19 @@ class Rollouts:
     mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token
     texts: list[list[str]]  # B lists of G
 
-def slice_prompts(prompt: dict, start: int, end: int) -> dict:
-    """Prompts start to end of an encoded batch, with the patches of just their pictures."""
-    width = int(prompt["attention_mask"][start:end].sum(-1).max())
+def slice_prompts(prompt: dict, rows: list[int]) -> dict:
+    """Some prompts of an encoded batch, with the patches of just their pictures."""
+    width = int(prompt["attention_mask"][rows].sum(-1).max())
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    part = {name: prompt[name][start:end, -width:] for name in names}
-    part["num_images"] = prompt["num_images"][start:end]
-    first, last = int(prompt["num_images"][:start].sum()), int(prompt["num_images"][:end].sum())
-    if first < last:
-        patches = prompt["image_grid_thw"].prod(-1)  # of each picture
-        part["image_grid_thw"] = prompt["image_grid_thw"][first:last]
-        part["pixel_values"] = prompt["pixel_values"][patches[:first].sum():patches[:last].sum()]
+    part = {name: prompt[name][rows, -width:] for name in names}
+    part["num_images"] = prompt["num_images"][rows]
+    if part["num_images"].any():
+        last = prompt["num_images"].cumsum(0).tolist()
+        first = [0, *last]
+        which = [picture for row in rows for picture in range(first[row], last[row])]
+        patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
+        part["image_grid_thw"] = prompt["image_grid_thw"][which]
+        part["pixel_values"] = torch.cat([patches[picture] for picture in which])
     return part
 
 def model_inputs(model, prompt: dict) -> dict:
@@ -387,7 +289,8 @@ def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.T
 def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
-    Prompts go in chunks whose key/value cache fits --cache_gb even if all responses reach the cap.
+    Prompts go in chunks whose key/value cache fits --cache_gb even if all responses reach the cap,
+    the longest prompts together, so that little of it is padding.
     """
     model.eval()  # in training mode, gradient checkpointing drops the cache without an error
     prompt, G = encode_prompts(problems, processor, config).to(model.device), config.num_generations
@@ -396,18 +299,25 @@ def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
     text = model.config.get_text_config()
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
         text.hidden_size // text.num_attention_heads)  # bytes of keys and values in bf16
-    tokens = G * (prompt["input_ids"].shape[1] + config.max_new_tokens)
-    chunk, responses = max(1, int(config.cache_gb * 1e9 / (per_token * tokens))), []
-    with autocast(model):
-        for start in range(0, len(problems), chunk):
-            part = slice_prompts(prompt, start, start + chunk)
-            responses += sample(model, part, sorted(stop), config)
+    length, order, responses = prompt["attention_mask"].sum(-1).tolist(), range(len(problems)), []
+    limit = config.cache_gb * 1e9 / (per_token * G)  # tokens of a chunk, its G counted as one
+    if len(order) * (max(length) + config.max_new_tokens) > limit:
+        order = sorted(order, key=lambda row: -length[row])
+    while len(responses) < len(order):
+        left = order[len(responses):]
+        chunk = left[:max(1, int(limit / (length[left[0]] + config.max_new_tokens)))]
+        with autocast(model):
+            flat = sample(model, slice_prompts(prompt, list(chunk)), sorted(stop), config)
+        responses += [flat[i:i + G] for i in range(0, len(flat), G)]
+    responses = [one for _, group in sorted(zip(order, responses)) for one in group]
     texts = processor.batch_decode(responses, skip_special_tokens=True)
     ids, mask = (pad_sequence(rows, batch_first=True).view(len(problems), G, -1)
                  for rows in (responses, [torch.ones_like(row) for row in responses]))
     return Rollouts(prompt, ids, mask, [texts[i:i + G] for i in range(0, len(texts), G)])
 
 # --------------------------------------------------------------------------- rewards and advantages
+# r = accuracy {0, 1} + format {0, .5} + bonus {0, .2};  d = share correct;  w = 4 sigma d (1 - d);
+# A = w (r - mean r) / std r.  A group that is all right or all wrong has w = 0 and teaches nothing.
 def score_rollouts(rollouts: Rollouts, problems: list[dict], config: Config) -> dict:
     """The three rewards and their sum r, each [B,G], and the weight w of each group [B]."""
     groups = []
@@ -438,6 +348,8 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps=1e-6) -> 
     return advantages.masked_fill(equal, 0.0)
 
 # ------------------------------------------------------------------------------- log-probabilities
+# log p(token) = z - log sum exp z, z = logits / temperature, as sampled. The G responses of a group
+# share one row, in which prompt and picture stand once: less work, and still exact.
 def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
     """One row of tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
 
@@ -467,13 +379,15 @@ def token_log_probs(hidden, targets, head, banned: list[int], temperature: float
         logits[:, banned] = -torch.inf  # what cannot be sampled has no probability here either
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    pairs = zip(hidden.split(chunk), targets.split(chunk))
+    pairs = list(zip(hidden.split(chunk), targets.split(chunk)))
+    if len(pairs) == 1:  # its backward pass follows at once: making logits again saves nothing
+        return of_chunk(hidden, targets)
     return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
 
 def group_log_probs(model, rollouts: Rollouts, row: int, part: slice, config) -> torch.Tensor:
     """Log-probabilities of responses to one prompt, [G,T], 0 in the padding, with gradients."""
     ids, mask = rollouts.response_ids[row, part], rollouts.mask[row, part].bool()
-    inputs = model_inputs(model, slice_prompts(rollouts.prompt, row, row + 1))
+    inputs = model_inputs(model, slice_prompts(rollouts.prompt, [row]))
     inputs, before = pack_group(inputs, ids, mask)
     with autocast(model):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, before]  # [N,H]
@@ -487,6 +401,8 @@ def response_log_probs(model, rollouts: Rollouts, config: Config) -> torch.Tenso
     return torch.stack([group_log_probs(model, rollouts, row, slice(None), config) for row in rows])
 
 # -------------------------------------------------------------------------------------------- loss
+# -min(ratio A, clip(ratio, 1 - .2, 1 + .2) A) + beta (exp(q) - q - 1), ratio = p / p_old and
+# q = log p_ref - log p. On the first optimiser step ratio = 1: the loss is 0, its gradient is not.
 def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_range=0.2,
               kl_coef=0.01, num_responses=None) -> tuple[torch.Tensor, dict[str, float]]:
     """GRPO (arXiv 2402.03300): log-probabilities, mask [N,T] and advantages [N] -> loss, metrics.
@@ -511,6 +427,8 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
             {name: per_response(values).mean().item() for name, values in metrics.items()})
 
 # ---------------------------------------------------------------------------------------- training
+# The algorithm box: sample, reward, weigh, compare, update, in the order of the ladder. Groups with
+# A = 0 cost no pass, but stay in the denominator: a step with fewer of them is a smaller step.
 def train(config: Config, rollout=rollout) -> dict:
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
     started, state, output = time.time(), prepare(config, rollout), Path(config.output_dir)
@@ -537,8 +455,9 @@ def train(config: Config, rollout=rollout) -> dict:
     save_model(state, output / "final")
     after = measure(state, config, rollout)
     summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
-    for when, means in (("before", state.before), ("after", after)):
-        summary |= {f"{name}_{when}": round(value, 4) for name, value in means.items()}
+    for when, found in (("before", state.before), ("after", after)):
+        names = ("accuracy", "format", "response_length") if found else ()
+        summary |= {f"{name}_{when}": round(found[name], 4) for name in names}
     if RANK == 0:
         (output / "summary.json").write_text(json.dumps(summary, indent=1))
         write_report(output)
@@ -558,14 +477,17 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
     passes = [(row, slice(start, start + size)) for row in trained for start in range(0, G, size)]
     prompts = sum(gather(len(advantages)))  # of all processes
     minibatches = torch.arange(prompts).split(config.minibatch_prompts)
+
+    @torch.no_grad()
+    def log_probs_of(model):
+        with gathered(model):
+            return [group_log_probs(model, rollouts, *which, config) for which in passes]
+
     old = ref = [None] * len(passes)
-    with torch.no_grad():
-        if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
-            with gathered(state.model):
-                old = [group_log_probs(state.model, rollouts, *which, config) for which in passes]
-        if state.reference is not None:
-            with gathered(state.reference):
-                ref = [group_log_probs(state.reference, rollouts, *p, config) for p in passes]
+    if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
+        old = log_probs_of(state.model)
+    if state.reference is not None:
+        ref = log_probs_of(state.reference)
     totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "trained": len(trained)}, []
     state.model.train()
     for rows in minibatches:
@@ -607,56 +529,6 @@ def optimizer_step(state, config: Config) -> float:
     state.optimizer.zero_grad()
     return norm
 
-# ----------------------------------------------------------------------------- several processes
-# Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of the fp32
-# weights, gradients and moments (FSDP2).
-
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD > 1)
-
-def gather(value) -> list:
-    """The values of all processes, in the order of their ranks, on each of them."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-def shard(model, config: Config):
-    """Share the model out under torchrun. `model.run(f, ...)` is f(...) with the weights there.
-
-    FSDP collects the weights of a layer when it runs, in bf16 on a GPU, and those outside of layers
-    when the whole model is called. We call its parts, so `run` takes the place of that call.
-    """
-    def run(function, *arguments):  # gradients of all weights, even of a tower that saw no picture
-        vision = [p for p in model.model.visual.parameters() if p.requires_grad]
-        return function(*arguments) + 0 * sum(p.flatten()[0] for p in vision)
-
-    model.run = lambda function, *arguments: function(*arguments)
-    if torch.distributed.is_initialized():
-        model.run = run
-        gpu = torch.cuda.is_available()
-        how = {"mp_policy": fsdp.MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if gpu else None, reduce_dtype=torch.float32)}
-        if config.cpu_offload:
-            how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=gpu)
-        for part in (*model.model.language_model.layers, model):
-            fsdp.fully_shard(part, **how)
-        fsdp.register_fsdp_forward_method(model, "run")
-    return model
-
-@contextmanager
-def gathered(model):
-    """Inside, every process has all weights: sampling takes as many passes as it likes."""
-    parts = [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
-    if parts:
-        model.set_reshard_after_forward(False)
-        model.run(lambda: 0)  # FSDP wants its first call to be one of the whole model
-    for part in parts:
-        part.unshard()
-    yield
-    for part in parts:
-        part.reshard()
-        part.set_reshard_after_forward(True, recurse=False)
-
 # ------------------------------------------------------------------------------- around a training
 def load_model(config: Config) -> transformers.PreTrainedModel:
     """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU without one."""
@@ -669,53 +541,33 @@ def start(config: Config) -> tuple:
     if not config.data:
         raise ValueError("--data is missing: hub id, folder, .jsonl, .json, .csv or .parquet file")
     transformers.set_seed(config.seed)
-    if "RANK" in os.environ and not torch.distributed.is_initialized():  # torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+    join_processes()
     kind = transformers.AutoConfig.from_pretrained(config.model).model_type
     if kind != "qwen2_5_vl":
         raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
-    problems = load_problems(config.data, config.split, processor, config)
+    check = prompt_check(processor, config)
+    problems = load_problems(config.data, config.split, check)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return output, processor, problems
 
-def check_options(c: Config) -> None:
-    """ValueError for options of `train` that contradict each other, with the arithmetic."""
-    left = c.prompts_per_step % c.minibatch_prompts
-    for wrong, why in (
-        (c.num_generations < 2, f"--num_generations {c.num_generations}: advantages compare the "
-         "responses of a group, so it takes 2 or more"),
-        (c.temperature <= 0, f"--temperature {c.temperature} makes all responses of a group equal"),
-        (left, f"--prompts_per_step {c.prompts_per_step} is no multiple of --minibatch_prompts "
-         f"{c.minibatch_prompts}: {left} would be left over"),
-        (c.prompts_per_step < WORLD, f"--prompts_per_step {c.prompts_per_step}: {WORLD} processes"),
-        (c.min_pixels > c.max_pixels, f"--min_pixels {c.min_pixels} > --max_pixels {c.max_pixels}"),
-        (c.bonus and c.min_length >= c.max_new_tokens, f"--min_length {c.min_length} >= "
-         f"--max_new_tokens {c.max_new_tokens}: no response can get the bonus (--bonus 0)"),
-        (c.eval_steps and not c.eval_data, f"--eval_steps {c.eval_steps} needs --eval_data"),
-        (c.cpu_offload and "RANK" not in os.environ,
-         "--cpu_offload needs `torchrun --nproc_per_node 1 observe_r1.py`, also for one process"),
-    ):
-        if wrong:
-            raise ValueError(why)
-
 def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
     """All that training holds and changes; says what is going to happen."""
     check_options(config)
     folder = last_checkpoint(config)
     output, processor, problems = start(config)
-    held_out = config.eval_data and load_problems(config.eval_data, "train", processor, config)
+    held_out = config.eval_data and load_problems(
+        config.eval_data, check=prompt_check(processor, config))
     order, size = training_order(problems, config), config.prompts_per_step
     steps = [rows.tolist() for rows in np.array_split(order, -(-len(order) // size))]
-    model = shard(load_model(replace(config, model=str(folder or config.model))), config)
-    reference = None
+    model, reference = load_model(replace(config, model=str(folder or config.model))), None
+    model = shard(model, config.cpu_offload)
     if config.kl_coef:
-        reference = shard(load_model(config).eval().requires_grad_(False), config)
+        reference = load_model(config).eval().requires_grad_(False)
+        reference = shard(reference, config.cpu_offload)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -740,133 +592,42 @@ def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
     if folder:
         restore(state, folder)
     if RANK == 0:
-        cut_logs(output, state.step)
+        for log in ("metrics.jsonl", "rollouts.jsonl"):
+            read_log(output / log, lambda rows: sum(row["step"] <= state.step for row in rows))
     state.before = state.before or measure(state, config, rollout)
     stop_on_signals(state)
     return state
 
-def stop_on_signals(state) -> None:
-    """Ctrl-C, or the end of a machine's loan: finish the step, save, leave. Twice: at once."""
-    def stop(*_):
-        state.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def score_problems(model, processor, problems, config: Config, rollout=rollout, file=None) -> list:
+    """A row a problem: responses, rewards and lengths [G], difficulty (share wrong), complexity.
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-def cut_logs(output: Path, step: int) -> None:
-    """Cut what was logged after `step` (0: everything), so that no step stands twice."""
-    for file in (output / "metrics.jsonl", output / "rollouts.jsonl"):
-        file.touch()
-        lines = file.read_bytes().splitlines(keepends=True)
-        kept = [n for n in lines if n.endswith(b"\n") and json.loads(n)["step"] <= step]
-        os.truncate(file, sum(map(len, kept)))
-
-def identity(config: Config, problems) -> dict:
-    """What must be the same when a run goes on: options, the content of the data, processes."""
-    digest, free = hashlib.sha256(), {"resume", "config", "output_dir", "save_steps",
-                                      "keep_checkpoints", "eval_steps", "cache_gb"}
-    for row in problems.cast_column("images", datasets.List(datasets.Image(decode=False))):
-        digest.update(repr(row).encode())
-    options = {name: value for name, value in asdict(config).items() if name not in free}
-    return options | {"data": digest.hexdigest(), "nproc_per_node": WORLD}
-
-def save_model(state, folder: Path) -> None:
-    """Write a folder that from_pretrained and AutoProcessor load; all processes take part."""
-    weights = dcp.get_model_state_dict(state.model, options=FULL)
-    if RANK == 0:
-        state.model.save_pretrained(folder, state_dict=weights)
-        state.processor.save_pretrained(folder)
-
-def save_checkpoint(state, config: Config) -> None:
-    """checkpoint-N: a model folder and what a run needs to go on. It is there whole or not at all.
-
-    Random states are no part of it, as each step seeds its own from seed, step and rank.
+    With a file, rows are kept in it as they come, and a run that was killed goes on after its last
+    whole batch: each batch has a seed of its own. Under torchrun each process takes a share.
     """
-    output = Path(config.output_dir)
-    folder, draft = output / f"checkpoint-{state.step}", output / "unfinished"
-    if RANK == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-    save_model(state, draft)
-    moments = dcp.get_optimizer_state_dict(state.model, state.optimizer, options=FULL)
-    if RANK == 0:
-        tensors = {f"{name} {weight}": value for weight, values in moments["state"].items()
-                   for name, value in values.items()}
-        save_file(tensors, draft / "optimizer.safetensors")
-        names = ("step", "optimizer_step", "skipped", "before", "identity")
-        progress = {name: getattr(state, name) for name in names}
-        progress["scheduler"] = state.scheduler.state_dict()
-        (draft / "state.json").write_text(json.dumps(progress))
-        for file in draft.iterdir():
-            with open(file) as content:
-                os.fsync(content.fileno())
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, passed over by resume
-        draft.rename(folder)
-        for old in checkpoints(output)[config.keep_checkpoints or 10**9:]:
-            shutil.rmtree(old)
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoint folders, the newest first."""
-    return sorted(output.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
-
-def last_checkpoint(config: Config) -> Path | None:
-    """The newest checkpoint whose files are whole, or None; refuses to write over a run."""
-    found = checkpoints(Path(config.output_dir))
-    if found and not config.resume:
-        raise ValueError(f"{config.output_dir} holds checkpoints: --resume true goes on from the "
-                         "last one; for a new run name another --output_dir")
-    for folder in found:
-        try:
-            json.loads((folder / "state.json").read_text())
-            for file in folder.glob("*.safetensors"):
-                safe_open(file, "pt").__exit__(None, None, None)  # compares size and header
-            return folder
-        except (OSError, ValueError, SafetensorError) as error:
-            print(f"warning: {folder} is damaged and passed over: {error}", file=sys.stderr)
-    return None
-
-def restore(state, folder: Path) -> None:
-    """Optimiser, schedule and position of a checkpoint; the model was loaded from it."""
-    saved = json.loads((folder / "state.json").read_text())
-    new, old = state.identity, saved["identity"]
-    if changed := [f"--{name}" for name in new if new[name] != old.get(name)]:
-        raise ValueError(f"{folder} cannot go on: {', '.join(changed)} (or the content of the "
-                         "file) changed since; put it back, or name another --output_dir")
-    moments = dcp.get_optimizer_state_dict(state.model, state.optimizer, options=FULL)
-    for name, value in load_file(folder / "optimizer.safetensors").items() if RANK == 0 else ():
-        name, weight = name.split(" ")
-        moments["state"].setdefault(weight, {})[name] = value
-    dcp.set_optimizer_state_dict(state.model, state.optimizer, moments, options=FULL)
-    state.scheduler.load_state_dict(saved["scheduler"])
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.scheduler.get_last_lr()[0]
-    for name in ("step", "optimizer_step", "skipped", "before"):
-        setattr(state, name, saved[name])
-    if RANK == 0:
-        print(f"goes on after step {state.step}, from {folder}")
-
-def respond(model, processor, problems, config: Config, rollout=rollout, start=0):
-    """Yield, for each problem, a row of its responses and what they scored: lists of G values.
-
-    Every batch has a seed of its own, so the rows from `start` on are those of an undisturbed run.
-    """
-    for first in range(start, len(problems), config.prompts_per_step):
-        torch.manual_seed(hash((config.seed, first, RANK)) % 2**32)
-        last = min(first + config.prompts_per_step, len(problems))
-        batch = list(problems.select(range(first, last)))
-        rollouts = rollout(model, processor, batch, config)
-        scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
-        for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
-            row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
-            yield {"id": problem["id"], "answer": problem["answer"], "responses": texts, **row}
+    share, size, rows = problems.shard(WORLD, RANK), config.prompts_per_step, []
+    if file:
+        file = file.with_suffix(f".{RANK}.jsonl" if WORLD > 1 else ".jsonl")
+        rows = read_log(file, lambda old: len(old) - len(old) % size * (len(old) < len(share)))
+    progress = tqdm(initial=len(rows), total=len(share), unit="problem", leave=False, disable=RANK)
+    with gathered(model):
+        for start in range(len(rows), len(share), size):
+            torch.manual_seed(hash((config.seed, start, RANK)) % 2**32)
+            batch = list(share.select(range(start, min(start + size, len(share)))))
+            rollouts = rollout(model, processor, batch, config)
+            scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
+            for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
+                row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
+                rows.append({"id": problem["id"], "answer": problem["answer"], "responses": texts,
+                             **row, "difficulty": 1 - float(np.mean(row["accuracy"])),
+                             "complexity": float(np.mean(row["length"]))})
+            if file:
+                append_log(file, rows[start:])
+            progress.update(len(batch))
+    return sum(gather(rows), [])
 
 def evaluate(model, processor, problems, config: Config, rollout=rollout) -> tuple[dict, list]:
-    """Accuracy, its 95 % interval over problems, by category, format, length; rows of `respond`."""
-    share = problems.shard(WORLD, RANK)
-    with gathered(model):
-        rows = respond(model, processor, share, config, rollout)
-        rows = list(tqdm(rows, "evaluating", len(share), leave=False, disable=RANK > 0))
-    rows = sum(gather(rows), [])
+    """Accuracy, its 95 % interval over problems, by category, format, length; and the rows."""
+    rows = score_problems(model, processor, problems, config, rollout)
     accuracy, form, length = (np.array([np.mean(row[name]) for row in rows])
                               for name in ("accuracy", "format", "length"))
     half = 1.96 * accuracy.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
@@ -877,69 +638,16 @@ def evaluate(model, processor, problems, config: Config, rollout=rollout) -> tup
             "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
                            for name in sorted(set(category) - {""})}}, rows
 
-def measure(state, config: Config, rollout=rollout) -> dict[str, float]:
-    """Scores on the held-out problems: --num_samples responses each, the same seed every time."""
+def measure(state, config: Config, rollout=rollout) -> dict:
+    """`evaluate` on the held-out problems: --num_samples responses each, always the same seed."""
     if not state.held_out:
         return {}
     samples = max(1, config.num_samples)
     size = max(1, config.prompts_per_step * config.num_generations // samples)
     sampling = replace(config, num_generations=samples, prompts_per_step=size)
-    means, _ = evaluate(state.model, state.processor, state.held_out, sampling, rollout)
-    names = {"accuracy": "accuracy", "format": "format", "length": "response_length"}
-    return {name: means[long] for name, long in names.items()}
-
-def log_step(progress, state, problems, rollouts, scores, advantages, metrics, config) -> None:
-    """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
-    columns = {**scores, "advantage": advantages, "length": rollouts.mask.sum(-1).cpu()}
-    tables = gather({name: values.numpy() for name, values in columns.items()})
-    if RANK:
-        return
-    whole = {name: np.concatenate([table[name] for table in tables]) for name in columns}
-    metrics = {"step": state.step, **{name: float(whole[name].mean()) for name in scores},
-               "response_length": float(whole["length"].mean()),
-               "truncated_fraction": float((whole["length"] >= config.max_new_tokens).mean()),
-               "zero_weight_fraction": float((whole["advantage"] == 0).all(1).mean()), **metrics}
-    shown = len(problems) if state.skipped else 2  # a batch with NaN gradients is kept for a look
-    rows = [rollout_row(state.step, problem, texts, {k: v[i].tolist() for k, v in columns.items()})
-            for i, (problem, texts) in enumerate(zip(problems[:shown], rollouts.texts))]
-    for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
-        with open(Path(config.output_dir) / name, "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    write_report(Path(config.output_dir))  # reload the page to follow a run
-    progress.update()
-    short = "reward accuracy format bonus response_length zero_weight_fraction kl eval_accuracy"
-    progress.write("  ".join([f"step {state.step}"] + [
-        f"{name} {metrics[name]:.3g}" for name in short.split() if name in metrics]))
-    if state.step in (1, len(state.steps)):  # a look at what the policy writes, first and last
-        for text, *numbers in list(zip(rollouts.texts[0], scores["reward"][0], advantages[0]))[:3]:
-            progress.write("    {!r}  reward {:.1f}  advantage {:+.2f}".format(text, *numbers))
-    if state.skipped >= 3:
-        raise ValueError(f"three updates in a row had NaN or infinite gradients, the last in step "
-                         f"{state.step}; its batch ends {config.output_dir}/rollouts.jsonl")
+    return evaluate(state.model, state.processor, state.held_out, sampling, rollout)[0]
 
 # ------------------------------------------------------------------------------ ladder and eval
-def score_problems(model, processor, problems, config: Config, file: Path) -> list[dict]:
-    """Rows of `respond` with difficulty (share wrong) and complexity (mean tokens), kept in a file.
-
-    Rows are written as they come; a killed run goes on after its last whole batch. Under torchrun
-    each process takes a contiguous share, in a file of its own; all return all rows.
-    """
-    files = [file.with_suffix(f".{r}.jsonl" if WORLD > 1 else ".jsonl") for r in range(WORLD)]
-    files[RANK].touch()
-    lines, share = files[RANK].read_bytes().splitlines(keepends=True), problems.shard(WORLD, RANK)
-    whole = sum(line.endswith(b"\n") for line in lines)
-    done = whole if whole == len(share) else whole - whole % config.prompts_per_step
-    os.truncate(files[RANK], sum(map(len, lines[:done])))
-    with open(files[RANK], "a") as output:
-        fresh = respond(model, processor, share, config, start=done)
-        for row in tqdm(fresh, file.stem, len(share), initial=done, unit="problem"):
-            row |= {"difficulty": 1 - float(np.mean(row["accuracy"])),
-                    "complexity": float(np.mean(row["length"]))}
-            output.write(json.dumps(row) + "\n")
-            output.flush()
-    gather(None)  # waits until all have written theirs
-    return [json.loads(line) for part in files for line in part.read_text().splitlines()]
-
 def ladder(config: Config) -> dict:
     """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json.
 
@@ -956,33 +664,34 @@ def ladder(config: Config) -> dict:
     checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
     blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
                     system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop
-    rows = score_problems(load_model(blind), processor, checkable, blind, output / "clean.jsonl")
+    rows = score_problems(load_model(blind), processor, checkable, blind, file=output / "clean")
     problems = checkable.select([i for i, row in enumerate(rows) if row["difficulty"] == 1])
-    rows = score_problems(load_model(config), processor, problems, config, output / "scores.jsonl")
+    rows = score_problems(load_model(config), processor, problems, config, file=output / "scores")
     if RANK:
         return {}  # the first process writes the rest
+    scores = {name: [row[name] for row in rows] for name in ("difficulty", "complexity")}
     write_review(output / "review.parquet", problems, rows)
-    columns = {name: [row[name] for row in rows] for name in ("difficulty", "complexity")}
-    kept = select_problems(**columns, drop_easy=config.drop_easy, drop_hardest=config.drop_hardest)
+    kept = select_problems(*scores.values(), config.drop_easy, config.drop_hardest)
     if config.review:
         marks = datasets.Dataset.from_parquet(config.review).select_columns(["id", "keep"])
         refused = {row["id"] for row in marks if not row["keep"]}
         kept = [i for i in kept if rows[i]["id"] not in refused]
-    difficulty, complexity = ([values[i] for i in kept] for values in columns.values())
+    difficulty, complexity = ([values[i] for i in kept] for values in scores.values())
     order, stage = mix_ladder(difficulty, complexity, config.seed)
-    mixed = problems.select([kept[i] for i in order])
-    for name, values in columns.items():
+    mixed = problems.select([kept[i] for i in order]).add_column("stage", stage)
+    for name, values in scores.items():
         mixed = mixed.add_column(name, [values[kept[i]] for i in order])
-    mixed.add_column("stage", stage).to_parquet(output / "ladder.parquet")
-    levels = [[c for c, d in zip(complexity, difficulty) if round(8 * d) == l] for l in range(9)]
-    edges = np.unique(np.quantile(complexity or [0], np.linspace(0, 1, 6)))
-    print("difficulty  problems by length up to " + " ".join(f"{e:.0f}" for e in edges[1:]))
-    for l, lengths in enumerate(levels):
-        print(f"{l / 8:10.3f}  " + " ".join(f"{n:5}" for n in np.histogram(lengths, edges)[0]))
+    mixed.to_parquet(output / "ladder.parquet")
+    counts, _, ends = np.histogram2d(
+        difficulty, complexity, (9, 5), ((-1 / 16, 17 / 16), (0, max(complexity, default=1))))
+    print("difficulty  problems by length up to" + "".join(f"{end:6.0f}" for end in ends[1:]))
+    for level, row in enumerate(counts):
+        print(f"{level / 8:10.3f}" + " " * 26 + "".join(f"{count:6.0f}" for count in row))
     summary = {"raw": len(raw), "uncheckable": len(raw) - len(checkable),
                "solved_without_reasoning": len(checkable) - len(problems),
                "not_selected": len(problems) - len(kept), "ladder": len(kept),
-               "levels": list(map(len, levels)), "stages": np.bincount(stage, minlength=9).tolist(),
+               "levels": counts.sum(1).astype(int).tolist(),
+               "stages": np.bincount(stage, minlength=9).tolist(),
                "seconds": round(time.time() - before, 1)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
@@ -999,8 +708,8 @@ def write_review(file: Path, problems, rows: list[dict]) -> None:
 def evaluate_model(config: Config) -> dict:
     """`eval`: writes what `evaluate` returns into eval.json and responses.jsonl."""
     before, (output, processor, problems) = time.time(), start(config)
-    greedy = {} if config.num_samples else {"temperature": 0.0}
-    sampling = replace(config, num_generations=max(1, config.num_samples), **greedy)
+    sampling = replace(config, num_generations=max(1, config.num_samples),
+                       temperature=config.temperature if config.num_samples else 0.0)
     result, rows = evaluate(load_model(config), processor, problems, sampling)
     result["seconds"] = round(time.time() - before, 1)
     if RANK == 0:

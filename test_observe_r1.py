@@ -27,8 +27,10 @@ import torch
 from datasets import Dataset, Image as Image_, load_dataset
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.trainer_utils import sort_checkpoints
 
 import observe_r1
+import plumbing
 from observe_r1 import (
     PROMPTS,
     STAGES,
@@ -40,6 +42,7 @@ from observe_r1 import (
     load_problems,
     mix_ladder,
     parse_arguments,
+    prompt_check,
     response_log_probs,
     rollout,
     score_rollouts,
@@ -395,7 +398,7 @@ def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
     assert batch["num_images"].tolist() == [1, 1, 1, 0, 2]
     for row, problem in enumerate(problems):
         part, alone = (
-            slice_prompts(batch, row, row + 1),
+            slice_prompts(batch, [row]),
             encode_prompts([problem], processor, config),
         )
         assert torch.equal(part["input_ids"], alone["input_ids"])
@@ -443,7 +446,7 @@ def make_state(model, reference=None, rate=1e-3, distributed=False):
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     return SimpleNamespace(
-        model=model if distributed else observe_r1.shard(model, Config()),
+        model=model if distributed else observe_r1.shard(model),
         reference=reference,
         processor=AutoProcessor.from_pretrained(TOY / "model"),
         optimizer=optimizer,
@@ -756,7 +759,7 @@ def test_bad_rows_are_named(folder, processor, config):
         load_problems(str(folder / "broken.jsonl"))
     config.max_prompt_tokens = 20
     with pytest.raises(ValueError, match="row 0 .*tokens, --max_prompt_tokens is 20"):
-        load_problems(write(folder, [good], "long.jsonl"), "train", processor, config)
+        load_problems(write(folder, [good], "long.jsonl"), "train", prompt_check(processor, config))
 
 
 def test_a_mended_picture_is_looked_at_again(folder):
@@ -1035,7 +1038,7 @@ def test_interval_of_eval_agrees_with_a_bootstrap(tmp_path, monkeypatch):
     rows = [
         {"accuracy": row.tolist(), "format": row.tolist(), "length": row.tolist()} for row in scores
     ]
-    monkeypatch.setattr(observe_r1, "respond", lambda *_: iter(rows))
+    monkeypatch.setattr(observe_r1, "score_problems", lambda *_: rows)
     monkeypatch.setattr(
         observe_r1,
         "start",
@@ -1183,7 +1186,7 @@ def test_ablation_table_pairs_runs_by_seed():
         return {
             "accuracy_before": 0.2,
             "accuracy_after": after,
-            "length_after": length,
+            "response_length_after": length,
             "seconds": 60.0,
         }
 
@@ -1203,6 +1206,10 @@ def test_ablation_table_pairs_runs_by_seed():
 # ------------------------------------------------------------- resume, several processes, faults
 
 slow = pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")
+
+
+def checkpoints(run):
+    return [Path(folder) for folder in reversed(sort_checkpoints(run))]
 
 
 def train_config(few, output, **options):
@@ -1262,7 +1269,7 @@ def test_resume_is_exact(few, tmp_path, undisturbed, capsys):
     config = train_config(few, tmp_path / "run")
     with pytest.raises(RuntimeError, match="power cut"):
         train(config, interrupt_at(4, crash))
-    assert [folder.name for folder in observe_r1.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     with pytest.raises(ValueError, match="--resume true"):
         train(config)
     config.resume = True
@@ -1294,13 +1301,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(few, tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(observe_r1, "save_file", full)
+    monkeypatch.setattr(plumbing, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         train(train_config(few, tmp_path / "run"))
-    assert observe_r1.checkpoints(tmp_path / "run") == []
+    assert checkpoints(tmp_path / "run") == []
     monkeypatch.undo()
     train(train_config(few, tmp_path / "run", resume=True, keep_checkpoints=1))
-    assert [folder.name for folder in observe_r1.checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
 
 
 def test_changed_data_stops_a_resume(few, tmp_path):
@@ -1350,7 +1357,7 @@ def test_nan_gradients_are_skipped_and_end_the_run(few, tmp_path, monkeypatch):
     assert [line["skipped_updates"] for line in lines][-3:] == [1, 2, 3]
     shown = [json.loads(line)["step"] for line in (tmp_path / "run" / "rollouts.jsonl").open()]
     assert shown.count(lines[-1]["step"]) == 4  # the whole batch
-    folders = observe_r1.checkpoints(tmp_path / "run")[:2]
+    folders = checkpoints(tmp_path / "run")[:2]
     saved = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert saved[0] == saved[1]
 
@@ -1371,7 +1378,7 @@ problems = [t.make_problems()[i] for i in range(5)][rows]
 rollouts = o.Rollouts(o.encode_prompts(problems, processor, t.sampling()), whole["ids"][rows],
                       whole["mask"][rows], [])
 config.model = str(t.TOY / "model")
-learner, reference = (o.shard(o.load_model(config), config) for _ in range(2))
+learner, reference = (o.shard(o.load_model(config)) for _ in range(2))
 learner.gradient_checkpointing_enable({"use_reentrant": False})
 state = t.make_state(learner, reference, distributed=True)
 state.optimizer = torch.optim.SGD(learner.parameters(), 0.05)
@@ -1518,9 +1525,9 @@ def test_control_tokens_in_a_question_are_refused(folder, processor, config):
     for token in ("<|im_end|>", "<|image_pad|>"):
         row = {"question": f"What {token} is it?", "answer": "1"}
         with pytest.raises(ValueError, match="control tokens"):
-            load_problems(write(folder, [row]), processor=processor, config=config)
+            load_problems(write(folder, [row]), check=prompt_check(processor, config))
     row = {"question": "Is <observe> a tag, and <|this|> none?", "answer": "1"}
-    assert len(load_problems(write(folder, [row]), processor=processor, config=config)) == 1
+    assert len(load_problems(write(folder, [row]), check=prompt_check(processor, config))) == 1
 
 
 def shown(image, processor, config):
@@ -1562,7 +1569,7 @@ def test_pictures_of_every_kind(folder, processor, config):
 
     def load(name):
         row = {"image": name, "question": "q", "answer": "1"}
-        return load_problems(write(folder, [row]), processor=processor, config=config)[0]["images"][
+        return load_problems(write(folder, [row]), check=prompt_check(processor, config))[0]["images"][
             0
         ]
 
@@ -1640,8 +1647,7 @@ def test_each_equation_runs_when_pasted_alone(name):
         node
         for node in tree.body
         if isinstance(node, ast.ImportFrom | ast.Import)
-        and "rewards" not in (ast.unparse(node))
-        and "report" not in ast.unparse(node)
+        and getattr(node, "module", "") not in ("rewards", "report", "plumbing")
     ]
     (function,) = [node for node in tree.body if getattr(node, "name", None) == name]
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
@@ -1675,5 +1681,5 @@ def test_the_readme_links_every_file_it_names():
     text = (HERE / "README.md").read_text()
     for name in re.findall(r"`((?:toy/)?[\w.]+\.(?:py|svg|jsonl))`|\]\((toy/[\w.]+)\)", text):
         file = name[0] or name[1]
-        if "/" in file or file in ("rewards.py", "report.py", "observe_r1.py"):
+        if "/" in file or file in ("rewards.py", "report.py", "plumbing.py", "observe_r1.py"):
             assert (HERE / file).exists(), file

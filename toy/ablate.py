@@ -71,7 +71,7 @@ def make_table(runs: dict[str, list[dict]]) -> str:
     for variant, results in runs.items():
         before, after, length, seconds = (
             [result[name] for result in results]
-            for name in ("accuracy_before", "accuracy_after", "length_after", "seconds")
+            for name in ("accuracy_before", "accuracy_after", "response_length_after", "seconds")
         )
         difference = "-"
         if "full" in runs and variant != "full" and len(after) == len(runs["full"]):
