@@ -38,10 +38,10 @@ from transformers.hf_argparser import HfArg
 from plumbing import (
     RANK, WORLD, append_log, check_options, eight_bit, gather, gathered, identity, join_processes,
     last_checkpoint, load_problems, log_step, read_log, restore, save_checkpoint, save_model, shard,
-    stop_on_signals)
+    stop_on_signals, write_review)
 from report import write_report
 from rewards import (
-    accuracy_reward, answers_match, bonus_rewards, dynamic_weight, extract_answer, format_reward)
+    accuracy_reward, answers_match, bonus_rewards, dynamic_weight, format_reward)
 
 @dataclass
 class Config:
@@ -212,7 +212,6 @@ def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
 @dataclass
 class Rollouts:
     """Prompts and their sampled responses; the mask, not a token's value, says what is padding."""
-
     prompt: dict  # the processor's batch, left padded
     response_ids: torch.Tensor  # [B,G,T]
     mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token
@@ -224,10 +223,9 @@ def slice_prompts(prompt: dict, rows: list[int]) -> dict:
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     part = {name: prompt[name][rows, -width:] for name in names}
     part["num_images"] = prompt["num_images"][rows]
-    if part["num_images"].any():
-        last = prompt["num_images"].cumsum(0).tolist()
-        first = [0, *last]
-        which = [picture for row in rows for picture in range(first[row], last[row])]
+    first = [0, *prompt["num_images"].cumsum(0).tolist()]
+    which = [picture for row in rows for picture in range(first[row], first[row + 1])]
+    if which:
         patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
         part["image_grid_thw"] = prompt["image_grid_thw"][which]
         part["pixel_values"] = torch.cat([patches[picture] for picture in which])
@@ -464,6 +462,12 @@ def train(config: Config, rollout=rollout) -> dict:
         print(f"{json.dumps(summary)}\nthe model is {output}/final; see {output}/report.html")
     return summary
 
+@torch.no_grad()
+def constant_log_probs(model, rollouts: Rollouts, passes: list, config: Config) -> list:
+    """Old or reference log-probabilities. The sampler's own would not do: it rounds otherwise."""
+    with gathered(model):
+        return [group_log_probs(model, rollouts, *which, config) for which in passes]
+
 def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) -> dict:
     """The optimiser steps of one rollout: mini-batches of whole groups, one group a backward pass.
 
@@ -477,17 +481,11 @@ def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) 
     passes = [(row, slice(start, start + size)) for row in trained for start in range(0, G, size)]
     prompts = sum(gather(len(advantages)))  # of all processes
     minibatches = torch.arange(prompts).split(config.minibatch_prompts)
-
-    @torch.no_grad()
-    def log_probs_of(model):
-        with gathered(model):
-            return [group_log_probs(model, rollouts, *which, config) for which in passes]
-
     old = ref = [None] * len(passes)
     if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
-        old = log_probs_of(state.model)
+        old = constant_log_probs(state.model, rollouts, passes, config)
     if state.reference is not None:
-        ref = log_probs_of(state.reference)
+        ref = constant_log_probs(state.reference, rollouts, passes, config)
     totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "trained": len(trained)}, []
     state.model.train()
     for rows in minibatches:
@@ -546,8 +544,7 @@ def start(config: Config) -> tuple:
     if kind != "qwen2_5_vl":
         raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
-    check = prompt_check(processor, config)
-    problems = load_problems(config.data, config.split, check)
+    problems = load_problems(config.data, config.split, prompt_check(processor, config))
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -563,11 +560,10 @@ def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
         config.eval_data, check=prompt_check(processor, config))
     order, size = training_order(problems, config), config.prompts_per_step
     steps = [rows.tolist() for rows in np.array_split(order, -(-len(order) // size))]
-    model, reference = load_model(replace(config, model=str(folder or config.model))), None
-    model = shard(model, config.cpu_offload)
+    model = shard(load_model(replace(config, model=str(folder or config.model))), config)
+    reference = None
     if config.kl_coef:
-        reference = load_model(config).eval().requires_grad_(False)
-        reference = shard(reference, config.cpu_offload)
+        reference = shard(load_model(config).eval().requires_grad_(False), config)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -696,14 +692,6 @@ def ladder(config: Config) -> dict:
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
     return summary
-
-def write_review(file: Path, problems, rows: list[dict]) -> None:
-    """The problems that were never solved, with the commonest answer and a `keep` mark to edit."""
-    hardest = [i for i, row in enumerate(rows) if row["difficulty"] == 1]
-    answers = [[extract_answer(text) or "" for text in rows[i]["responses"]] for i in hardest]
-    if not file.exists():  # one that is there may hold a person's marks
-        review = problems.select(hardest).add_column("keep", [True] * len(hardest))
-        review.add_column("most_common", [max(a, key=a.count) for a in answers]).to_parquet(file)
 
 def evaluate_model(config: Config) -> dict:
     """`eval`: writes what `evaluate` returns into eval.json and responses.jsonl."""

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from report import rollout_row, write_report
+from rewards import extract_answer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD > 1)
@@ -152,7 +153,7 @@ def gather(value) -> list:
         torch.distributed.all_gather_object(values, value)
     return values
 
-def shard(model, cpu_offload: bool = False):
+def shard(model, config):
     """Share the model out under torchrun. `model.run(f, ...)` is f(...) with the weights there.
 
     FSDP collects the weights of a layer when it runs, in bf16 on a GPU, and those outside of layers
@@ -168,7 +169,7 @@ def shard(model, cpu_offload: bool = False):
         gpu = torch.cuda.is_available()
         how = {"mp_policy": fsdp.MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if gpu else None, reduce_dtype=torch.float32)}
-        if cpu_offload:
+        if config.cpu_offload:
             how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=gpu)
         for part in (*model.model.language_model.layers, model):
             fsdp.fully_shard(part, **how)
@@ -264,6 +265,14 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
     if state.skipped >= 3:
         raise ValueError(f"three updates in a row had NaN or infinite gradients, the last in step "
                          f"{state.step}; its batch ends {output}/rollouts.jsonl")
+
+def write_review(file: Path, problems, rows: list[dict]) -> None:
+    """The problems that were never solved, with the commonest answer and a `keep` mark to edit."""
+    hardest = [i for i, row in enumerate(rows) if row["difficulty"] == 1]
+    answers = [[extract_answer(text) or "" for text in rows[i]["responses"]] for i in hardest]
+    if not file.exists():  # one that is there may hold a person's marks
+        review = problems.select(hardest).add_column("keep", [True] * len(hardest))
+        review.add_column("most_common", [max(a, key=a.count) for a in answers]).to_parquet(file)
 
 # ------------------------------------------------------------------------------------- checkpoints
 def identity(config, problems) -> dict:

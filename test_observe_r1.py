@@ -446,7 +446,7 @@ def make_state(model, reference=None, rate=1e-3, distributed=False):
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     return SimpleNamespace(
-        model=model if distributed else observe_r1.shard(model),
+        model=model if distributed else observe_r1.shard(model, Config()),
         reference=reference,
         processor=AutoProcessor.from_pretrained(TOY / "model"),
         optimizer=optimizer,
@@ -1378,7 +1378,7 @@ problems = [t.make_problems()[i] for i in range(5)][rows]
 rollouts = o.Rollouts(o.encode_prompts(problems, processor, t.sampling()), whole["ids"][rows],
                       whole["mask"][rows], [])
 config.model = str(t.TOY / "model")
-learner, reference = (o.shard(o.load_model(config)) for _ in range(2))
+learner, reference = (o.shard(o.load_model(config), config) for _ in range(2))
 learner.gradient_checkpointing_enable({"use_reentrant": False})
 state = t.make_state(learner, reference, distributed=True)
 state.optimizer = torch.optim.SGD(learner.parameters(), 0.05)
