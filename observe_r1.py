@@ -604,7 +604,8 @@ def score_problems(model, processor, problems, config: Config, rollout=rollout, 
     if file:
         file = file.with_suffix(f".{RANK}.jsonl" if WORLD > 1 else ".jsonl")
         rows = read_log(file, lambda old: len(old) - len(old) % size * (len(old) < len(share)))
-    progress = tqdm(initial=len(rows), total=len(share), unit="problem", leave=False, disable=RANK)
+    progress = tqdm(desc=file.stem if file else "evaluating", initial=len(rows), total=len(share),
+                    leave=False, disable=RANK > 0)
     with gathered(model):
         for start in range(len(rows), len(share), size):
             torch.manual_seed(hash((config.seed, start, RANK)) % 2**32)

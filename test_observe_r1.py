@@ -383,14 +383,30 @@ def test_sampling_settings_of_the_checkpoint_do_not_leak(model, processor, probl
     assert torch.equal(plain.response_ids, changed.response_ids)
 
 
-def test_rollout_in_chunks_of_the_cache(model, processor, problems, config):
-    """Chunks change the padding, not the result: greedy responses are the same."""
+def test_rollout_in_chunks_of_the_cache(model, processor, problems, config, monkeypatch):
+    """The longest prompts together: the padding changes, the greedy responses do not."""
     greedy = Config(**{**vars(config), "temperature": 0.0, "num_generations": 2})
     whole = rollout(model, processor, problems, greedy)
-    greedy.cache_gb = 1e-9
-    chunks = rollout(model, processor, problems, greedy)
-    assert torch.equal(whole.response_ids, chunks.response_ids) and whole.texts == chunks.texts
     assert (whole.response_ids[:, 0] == whole.response_ids[:, 1]).all()
+    lengths = whole.prompt["attention_mask"].sum(-1).tolist()
+    widths, sample = [], observe_r1.sample
+
+    def record(model, prompt, *rest):
+        widths.append(prompt["attention_mask"].sum(-1).tolist())
+        return sample(model, prompt, *rest)
+
+    monkeypatch.setattr(observe_r1, "sample", record)
+    for prompts in (1, 2):  # in a cache for so many; a token takes 2 x 4 layers x 2 heads x 32 x 2
+        tokens = prompts * 2 * (max(lengths) + greedy.max_new_tokens)
+        greedy.cache_gb = 1e-9 * 2 * 4 * 2 * 32 * 2 * tokens
+        chunks = rollout(model, processor, problems, greedy)
+        assert torch.equal(whole.response_ids, chunks.response_ids) and whole.texts == chunks.texts
+        longest = sorted(lengths, reverse=True)
+        expected = [longest[i : i + prompts] for i in range(0, 5, prompts)]
+        assert widths == expected and widths != [
+            lengths[i : i + prompts] for i in range(0, 5, prompts)
+        ]
+        widths.clear()
 
 
 def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
@@ -1569,9 +1585,9 @@ def test_pictures_of_every_kind(folder, processor, config):
 
     def load(name):
         row = {"image": name, "question": "q", "answer": "1"}
-        return load_problems(write(folder, [row]), check=prompt_check(processor, config))[0]["images"][
-            0
-        ]
+        return load_problems(write(folder, [row]), check=prompt_check(processor, config))[0][
+            "images"
+        ][0]
 
     assert load("turned.jpg").size == (28, 56)
     assert shown(load("moving.gif"), processor, config)[0] == pytest.approx(0, abs=0.02)
@@ -1675,6 +1691,108 @@ def test_commands_of_the_readme_name_options_that_exist():
         if "--help" not in words:
             command, config = parse_arguments(words)
             assert command in observe_r1.COMMANDS
+
+
+def readme_blocks(language, sign):
+    """The README's code blocks in a language that hold `sign`."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    return [block for kind, block in blocks if kind == language and sign in block]
+
+
+def test_links_of_the_readme_lead_to_the_functions_they_name():
+    text = (HERE / "README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(links) > 15
+    for name, file, line in links:
+        assert f"def {name}(" in (HERE / file).read_text().splitlines()[int(line) - 1], name
+    for target in re.findall(r"\]\(([\w/.]+?)\)", text):
+        assert (HERE / target).exists(), target
+
+
+def test_the_rollout_engine_of_the_readme(model, processor, problems, config, monkeypatch):
+    """The block for vLLM, with a stand-in of the calls that it makes: same rollouts as ours."""
+    ours = run_rollout(model, processor, problems, config)
+    outputs = [
+        SimpleNamespace(
+            outputs=[
+                SimpleNamespace(token_ids=ids[on.bool()].tolist(), text=text)
+                for ids, on, text in zip(*group)
+            ]
+        )
+        for group in zip(ours.response_ids, ours.mask, ours.texts)
+    ]
+    seen = {}
+
+    class LLM:
+        def __init__(self, model, **options):
+            seen.update(options)
+
+        def apply_model(self, function):
+            function(SimpleNamespace(load_weights=lambda named: seen.update(weights=dict(named))))
+
+        def generate(self, requests, settings, use_tqdm):
+            seen.update(requests=requests, settings=settings)
+            return outputs
+
+    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(observe_r1, "train", lambda *arguments: seen.update(trained=arguments))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    (block,) = readme_blocks("python", "vllm")
+    scope = {}
+    exec(block, scope)
+    assert seen["trained"] == (scope["config"], scope["vllm_rollout"])
+    theirs = scope["vllm_rollout"](model, processor, problems, config)
+    assert torch.equal(theirs.response_ids, ours.response_ids) and theirs.texts == ours.texts
+    assert torch.equal(theirs.mask, ours.mask) and seen["settings"]["n"] == config.num_generations
+    assert set(seen["settings"]["logit_bias"]) == set(vision_tokens(model))
+    assert seen["weights"].keys() == dict(model.named_parameters()).keys()
+    for request, problem in zip(seen["requests"], problems):
+        assert request["prompt"].count("<|image_pad|>") == len(problem["images"])
+        assert len(request["multi_modal_data"]["image"]) == len(problem["images"])
+        assert request["prompt"].count(problem["question"]) == 1
+    torch.testing.assert_close(
+        response_log_probs(model, theirs, config), response_log_probs(model, ours, config)
+    )
+
+
+def run_block(sign, folder):
+    """Run the README's shell block that holds `sign` as it is written."""
+    (block,) = readme_blocks("", sign)
+    for file in (*HERE.glob("*.py"), HERE / "toy"):
+        (folder / file.name).symlink_to(file)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    shell = ["bash", "-e", "-c", block]
+    return subprocess.run(
+        shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_the_habits_block_of_the_readme_runs(tmp_path):
+    result = run_block("runs/habits", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shares = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert [words[0] for words in shares] == ["True", "False"]
+    assert 0 < float(shares[0][1]) < float(shares[1][1]) < 1
+
+
+@slow
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", ["python observe_r1.py\n", "toy/config.json --output_dir runs/l"])
+def test_the_slow_blocks_of_the_readme_run(sign, tmp_path):
+    """The first command of all, with its installation, and the toy's ladder."""
+    result = run_block(sign, tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    if "runs/l" in sign:
+        built, shipped = (
+            load_problems(str(file))
+            for file in (tmp_path / "runs/ladder/ladder.parquet", TOY / "ladder.parquet")
+        )
+        assert abs(len(built) - len(shipped)) < 300 and built[0]["difficulty"] == 0
+    else:
+        summary = json.loads((tmp_path / "runs/toy/summary.json").read_text())
+        assert summary["accuracy_after"] - summary["accuracy_before"] > 0.3
 
 
 def test_the_readme_links_every_file_it_names():

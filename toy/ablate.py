@@ -2,18 +2,24 @@
 
     python toy/ablate.py                                  # 18 runs, about half an hour on two cores
     python toy/ablate.py --variants full --seeds 0 1 2    # the learning curve of the README
+    python toy/ablate.py rollouts                         # its responses before and after
 
 Runs are kept in runs/ablate and not repeated: an interrupted series goes on where it stopped.
-Writes runs/ablate/table.md and runs/ablate/accuracy.svg from the runs that were asked for.
+Writes runs/ablate/table.md and runs/ablate/accuracy.svg from the runs that were asked for, and
+runs/ablate/rollouts.svg from the model in toy/ and the one that `python observe_r1.py` trained.
 """
 
 import argparse
+import base64
+import html
 import json
 import math
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import datasets
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = {  # the paper's five ablations
@@ -127,14 +133,64 @@ def make_figure(runs: dict[str, list[dict]]) -> str:
     )
 
 
+def sampled(model: Path, output: Path) -> list[dict]:
+    """Four responses of a model to each held-out problem."""
+    options = ["--config", HERE / "config.json", "--model", model, "--output_dir", output]
+    options += ["--data", HERE / "heldout.parquet", "--num_samples", 4]
+    command = [sys.executable, HERE.parent / "observe_r1.py", "eval", *options]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (output / "responses.jsonl").read_text().splitlines()]
+
+
+def make_rollouts(problems: list[dict], before: list[dict], after: list[dict]) -> str:
+    """Pictures, questions and four responses each, before training and after it, right or wrong."""
+    shapes, height = [], 10 + 46 + 8 * 17 + 20
+    for top, problem, *rows in zip(range(10, 10**6, height), problems, before, after):
+        data = base64.b64encode(problem["images"][0]["bytes"]).decode()
+        shapes.append(
+            f'<image x="10" y="{top}" height="36" href="data:image/png;base64,{data}"/><text '
+            f'x="240" y="{top + 22}">{html.escape(problem["question"])} ({problem["answer"]})</text>'
+        )
+        lines = [
+            (when, *line)
+            for when, row in zip(("before", "after"), rows)
+            for line in zip(row["responses"], row["accuracy"])
+        ]
+        for y, (when, response, right) in zip(range(top + 56, 10**6, 17), lines):
+            colour, mark = ("#2da44e", "✓") if right else ("#d1434b", "✗")
+            response = response if len(response) < 100 else response[:98] + " …"
+            shapes.append(
+                f'<text x="10" y="{y}" fill="{colour}">{mark}</text><text x="26" y="{y}">{when}'
+                f'</text><text x="72" y="{y}" font-family="monospace" font-size="10.5" '
+                f'fill="{colour}">{html.escape(response)}</text>'
+            )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {len(problems) * height}" '
+        'fill="#7d8590" font-family="sans-serif" font-size="13">' + "".join(shapes) + "</svg>\n"
+    )
+
+
+def rollouts(output: Path) -> None:
+    """rollouts.svg: the first held-out problem of three digits and the first of six, seed 0."""
+    problems = datasets.Dataset.from_parquet(str(HERE / "heldout.parquet")).select([2, 5])
+    problems = problems.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    before = sampled(HERE / "model", output / "eval-before")
+    after = sampled(Path("runs/toy/final"), output / "eval-after")
+    picture = make_rollouts(list(problems), *([rows[2], rows[5]] for rows in (before, after)))
+    (output / "rollouts.svg").write_text(picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("what", nargs="?", default="runs", choices=["runs", "rollouts"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"))
     args = parser.parse_args()
+    if args.what == "rollouts":
+        return rollouts(args.output)
     runs = {
         variant: [run(variant, seed, args.output) for seed in args.seeds]
         for variant in args.variants
