@@ -222,7 +222,6 @@ def slice_prompts(prompt: dict, rows: list[int]) -> dict:
     width = int(prompt["attention_mask"][rows].sum(-1).max())
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     part = {name: prompt[name][rows, -width:] for name in names}
-    part["num_images"] = prompt["num_images"][rows]
     first = [0, *prompt["num_images"].cumsum(0).tolist()]
     which = [picture for row in rows for picture in range(first[row], first[row + 1])]
     if which:

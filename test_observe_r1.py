@@ -863,6 +863,7 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
     assert metrics[-1]["optimizer_step"] <= 6
     summary = json.loads((output / "summary.json").read_text())
     assert 0 <= summary["accuracy_before"] <= 1 and summary["seconds"] > 0
+    assert summary["format_after"] <= 0.5 and summary["response_length_after"] > 5
     rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 6 and len(rollouts[0]["responses"]) == 8
     assert (output / "checkpoint-2" / "model.safetensors").exists()
@@ -981,10 +982,10 @@ def test_a_killed_ladder_ends_in_the_same_file(few, tmp_path, monkeypatch):
     monkeypatch.setattr(observe_r1, "score_rollouts", fail)
     with pytest.raises(KeyboardInterrupt):
         observe_r1.ladder(ladder_config(few, tmp_path / "b"))
-    before = (tmp_path / "b" / "scores.jsonl").read_text()
-    assert before
-    with open(tmp_path / "b" / "scores.jsonl", "a") as file:
-        file.write('{"id": "half a li')
+    scores = tmp_path / "b" / "scores.jsonl"
+    before = scores.read_text().splitlines(keepends=True)
+    assert len(before) > 4  # a batch is four rows: one and a half of them and half a line are left
+    scores.write_text("".join(before[:6]) + before[6][:20])
     observe_r1.ladder(ladder_config(few, tmp_path / "b"))
     for name in ("clean.jsonl", "scores.jsonl", "ladder.parquet"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -1024,6 +1025,8 @@ def test_ladder_under_torchrun(few, tmp_path):
         for rank in range(2)
         for line in open(tmp_path / f"two/scores.{rank}.jsonl")
     ]
+    cleaned = [json.loads(n) for r in range(2) for n in open(tmp_path / f"two/clean.{r}.jsonl")]
+    assert len(cleaned) == 23 and sum(row["difficulty"] for row in cleaned) == len(rows)
     raw = load_problems(few)
     assert (
         len(rows) == summary["raw"] - summary["uncheckable"] - summary["solved_without_reasoning"]
@@ -1192,11 +1195,16 @@ def test_benchmark_columns(folder, name):
     assert problem["category"] == category and [i.size for i in problem["images"]] == [(56, 56)]
 
 
+def load_toy_script(name):
+    spec = importlib.util.spec_from_file_location(name, TOY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_ablation_table_pairs_runs_by_seed():
     """Mean and t interval (two degrees of freedom: 4.303) of the differences, by hand."""
-    spec = importlib.util.spec_from_file_location("ablate", TOY / "ablate.py")
-    ablate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ablate)
+    ablate = load_toy_script("ablate")
 
     def run(after, length):
         return {
@@ -1217,6 +1225,11 @@ def test_ablation_table_pairs_runs_by_seed():
     assert row == "| no bonus | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 | 0.51 |"
     curve = [{**run(0.7, 30), "metrics": [{"step": 10, "eval_accuracy": 0.5}, {"step": 20}]}]
     assert ablate.make_figure({"full": curve}).count("<polyline") == 2
+    problem = {"images": [{"bytes": b"x"}], "question": "a < b?", "answer": "1"}
+    rows = [{"responses": ["<think>", "y" * 200], "accuracy": [1.0, 0.0]}]
+    picture = ablate.make_rollouts([problem], rows, rows)
+    assert "a &lt; b? (1)" in picture and "&lt;think&gt;" in picture and "y" * 99 not in picture
+    assert picture.count("✓") == picture.count("✗") == 2
 
 
 # ------------------------------------------------------------- resume, several processes, faults
@@ -1641,6 +1654,16 @@ def test_report_escapes_what_a_model_or_a_file_wrote(tmp_path):
     assert page.count("&lt;script&gt;x&lt;/script&gt;") == 2 and "step 2: 3<" in page
     assert '<span class="answer">&lt;answer&gt;&amp;&lt;/answer&gt;</span>' in page
     assert "bonus 0.2 ★" in page and "advantage +0.50" in page
+
+
+def test_gpu_rows_of_the_bench(capsys):
+    """The parameters of Qwen2.5-VL-3B; the rows themselves run here at the toy's shapes."""
+    bench = load_toy_script("bench")
+    count = sum(p.numel() for p in bench.random_model(device="meta").parameters())
+    assert count == 3_754_622_976
+    bench.gpu(SimpleNamespace(bandwidth=1e10, flops=1e11), {}, tokens=8, batches=(8,))
+    rows = capsys.readouterr().out.splitlines()
+    assert "rollout, 8 responses of 8 tokens" in rows[0] and "FLOP/s of the card" in rows[1]
 
 
 # ------------------------------------------------------------------------------------- snippets

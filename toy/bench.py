@@ -4,12 +4,16 @@
     pip install math-verify                      # not needed by the project
     python toy/bench.py answers                  # our rules and math-verify on the same answers
     pip install trl && python toy/bench.py trl   # a whole training step, of TRL and of ours
+    python toy/bench.py --gpu                     # adds 3B shapes with random weights; name the
+    python toy/bench.py --gpu --bandwidth 3.35e12 --flops 989e12   # limits of your card (H100)
+    torchrun --nproc_per_node 1 toy/bench.py offload              # peak memory of the 24 GB recipe
 
 Each row is median (lowest to highest) of the ratios of neighbouring runs.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -17,16 +21,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import observe_r1  # noqa: E402
+import plumbing  # noqa: E402
 import rewards  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = observe_r1.parse_arguments(["train", "--config", str(HERE / "config.json")])[1]
 
 
@@ -54,41 +61,60 @@ def toy():
     return observe_r1.load_model(CONFIG), processor, problems
 
 
+def generate(model, prompt, config, shortest=None) -> torch.Tensor:
+    """What transformers' own `generate` samples for the same prompts."""
+    inputs = {name: values for name, values in prompt.items() if name != "num_images"}
+    with torch.no_grad(), observe_r1.autocast(model):
+        return model.generate(
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=config.num_generations,
+            min_new_tokens=shortest,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+
 def rollout() -> None:
-    """16 prompts x 8 responses: 64 tokens each, none ends early; and up to 128, as they end."""
+    """16 prompts x 8 responses of 64 tokens, of the toy's and with a picture; and as they end."""
     model, processor, problems = toy()
-    prompt = observe_r1.encode_prompts(list(problems.select(range(400, 416))), processor, CONFIG)
-    model, inputs = model.eval(), {n: v for n, v in prompt.items() if n != "num_images"}
-    stop = model.generation_config.eos_token_id
-
-    def ours(stop, longest):
-        observe_r1.sample(model, prompt, stop, replace(CONFIG, max_new_tokens=longest))
-
-    def theirs(shortest, longest):
-        with torch.no_grad():
-            model.generate(
-                **inputs,
-                do_sample=True,
-                top_k=0,
-                num_return_sequences=8,
-                min_new_tokens=shortest,
-                max_new_tokens=longest,
-            )
-
-    same = compare(lambda: ours([-1], 64), lambda: theirs(64, 64))[1]
-    row("rollout, 16 prompts x 8, 64 tokens each", "`generate`", same, "≥ 2")
-    natural = compare(lambda: ours(stop, 128), lambda: theirs(None, 128), repeats=15)[1]
+    model.eval()
+    of_toy = list(problems.select(range(400, 416)))
+    large, wide = picture(256)
+    for what, rows, config in (
+        ("the toy's", of_toy, CONFIG),
+        ("a picture of 256", [large] * 16, wide),
+    ):
+        prompt = observe_r1.encode_prompts(rows, processor, config)
+        config = replace(config, max_new_tokens=64)
+        P = prompt["input_ids"].shape[1]
+        same = compare(
+            lambda: observe_r1.sample(model, prompt, [-1], config),
+            lambda: generate(model, prompt, config, shortest=64),
+        )[1]
+        row(f"rollout, 16 prompts x 8, 64 tokens each, P = {P} ({what})", "`generate`", same, "≥ 2")
+    prompt = observe_r1.encode_prompts(of_toy, processor, CONFIG)
+    natural = compare(
+        lambda: observe_r1.sample(model, prompt, model.generation_config.eos_token_id, CONFIG),
+        lambda: generate(model, prompt, CONFIG),
+        repeats=15,
+    )[1]
     row("rollout, 16 prompts x 8, as long as they come", "`generate`", natural, "≥ 2")
+
+
+def picture(tokens: int):
+    """A problem with a picture of so many tokens, and the configuration that does not shrink it."""
+    side = 28 * round(max(1, tokens) ** 0.5)
+    config = replace(CONFIG, max_pixels=side * side, max_prompt_tokens=10**5)
+    image = Image.effect_noise((side, side), 64)
+    return {"images": [image], "question": "What is the sum of the digits?", "answer": "1"}, config
 
 
 def group(model, processor, P: int, R: int, G: int = 8):
     """One prompt of about P tokens, most of them a picture, and G random responses of R tokens."""
-    side = 28 * max(1, round((P - 70) ** 0.5))
-    config = replace(CONFIG, max_pixels=side * side, max_prompt_tokens=10**5, num_generations=G)
-    picture = Image.effect_noise((side, side), 64)
-    problem = {"images": [picture], "question": "What is the sum of the digits?", "answer": "1"}
-    prompt = observe_r1.encode_prompts([problem], processor, config)
-    ids = torch.randint(100, 300, (1, G, R))
+    problem, config = picture(P - 70)
+    prompt = observe_r1.encode_prompts([problem], processor, config).to(model.device)
+    ids = torch.randint(100, 300, (1, G, R), device=model.device)
     return observe_r1.Rollouts(prompt, ids, torch.ones_like(ids), []), config
 
 
@@ -273,18 +299,127 @@ def trl() -> None:
     row("a whole training step, 16 prompts x 8", "TRL's `GRPOTrainer`", text, "≥ 3")
 
 
+SHAPES_3B = {  # of Qwen2.5-VL-3B-Instruct
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
+
+
+def random_model(shapes: dict = SHAPES_3B, device: str = DEVICE):
+    """A Qwen2.5-VL of these shapes with random weights and the toy's tokens."""
+    config = AutoConfig.from_pretrained(CONFIG.model)
+    for part, values in shapes.items():
+        for name, value in values.items():
+            setattr(getattr(config, part), name, value)
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def synchronised(work):
+    def run():
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
+def gpu(options, shapes: dict = SHAPES_3B, tokens: int = 256, batches=(64, 256)) -> None:
+    """Tokens a second of rollouts and updates, against `generate` and against the card's limits."""
+    model, processor = random_model(shapes), AutoProcessor.from_pretrained(CONFIG.model)
+    problem, config = picture(4 * tokens)
+    config = replace(config, max_new_tokens=tokens)
+    size = sum(p.numel() for p in model.parameters())
+    text = model.config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    cached = 4 * text.num_hidden_layers * text.num_key_value_heads * head  # bytes a token in bf16
+    for batch in batches:
+        rows = [problem] * (batch // 8)
+        prompt = observe_r1.encode_prompts(rows, processor, config).to(model.device)
+
+        def ours():
+            with observe_r1.autocast(model):
+                observe_r1.sample(model, prompt, [-1], config)
+
+        theirs = synchronised(lambda: generate(model, prompt, config, shortest=tokens))
+        ratio = compare(synchronised(ours), theirs, repeats=3)[1]
+        rate = batch * tokens / seconds(synchronised(ours))
+        length = prompt["input_ids"].shape[1] + tokens / 2
+        limit = batch * options.bandwidth / (2 * size + cached * batch * length)
+        what = f"rollout, {batch} responses of {tokens} tokens: {rate:,.0f} tokens/s"
+        row(
+            what, f"`generate`; bandwidth limit {limit:,.0f}", f"{ratio}, {rate / limit:.2f}", "≥ 2"
+        )
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    rollouts, config = group(model, processor, 4 * tokens, tokens)
+
+    def backward():
+        observe_r1.response_log_probs(model, rollouts, config).sum().backward()
+
+    seconds(synchronised(backward))
+    count = rollouts.prompt["input_ids"].shape[1] + rollouts.mask.sum().item()
+    rate = count / statistics.median(seconds(synchronised(backward)) for _ in range(5))
+    used = 6 * size * rate / options.flops  # what is computed again does not count
+    row(f"update: {rate:,.0f} tokens/s", "FLOP/s of the card", f"{used:.2f} used", "≥ 0.40")
+
+
+def offload(options, shapes: dict = SHAPES_3B, tokens: int = 256) -> None:
+    """One optimiser step of a group with --cpu_offload; what the card held at most."""
+    plumbing.join_processes()
+    config = replace(CONFIG, cpu_offload=True)
+    model = plumbing.shard(random_model(shapes, "cpu"), config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    state = SimpleNamespace(
+        model=model, reference=None, optimizer=optimizer, scheduler=scheduler, optimizer_step=0
+    )
+    processor = AutoProcessor.from_pretrained(CONFIG.model)
+    rollouts, config = group(SimpleNamespace(device=DEVICE), processor, 4 * tokens, tokens)
+    advantages = torch.linspace(-1, 1, 8)[None]
+    observe_r1.update(state, rollouts, advantages, config)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
+    row("the 24 GB recipe: peak memory of an optimiser step", "GiB", f"{peak:.1f}", "≤ 22")
+
+
 def main() -> None:
-    rows = {f.__name__: f for f in (rollout, update, memory, growth, answers, trl)}
+    rows = {f.__name__: f for f in (rollout, update, memory, growth, answers, trl, gpu, offload)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("rows", nargs="*", default=["rollout", "update", "memory", "growth"])
-    names = parser.parse_args().rows
-    if names != ["answers"]:
+    parser.add_argument("--gpu", action="store_true", help="Qwen2.5-VL-3B's shapes, on the GPU")
+    parser.add_argument("--bandwidth", type=float, default=math.nan, help="of the card, bytes/s")
+    parser.add_argument("--flops", type=float, default=math.nan, help="of the card in bf16, FLOP/s")
+    options = parser.parse_args()
+    if options.rows != ["answers"]:
         row("what", "against", "ratio", "goal")
         row(*["---"] * 4)
-    for name in names:
-        rows[name]()
+    for name in options.rows + ["gpu"] * options.gpu:
+        rows[name](*[options] * (name in ("gpu", "offload")))
 
 
 if __name__ == "__main__":
