@@ -292,7 +292,7 @@ def answers_match(prediction: str, gold: str) -> bool:
     return _same(prediction, gold)
 
 def accuracy_reward(response: str, gold: str) -> float:
-    """1.0 if the final answer of the response matches the gold, else 0.0 (method, section 3).
+    """1.0 if the final answer of the response matches the gold, else 0.0: the paper's accuracy.
 
     >>> accuracy_reward("<think>3 + 4</think><answer>7</answer>", "7"), accuracy_reward("7", "7")
     (1.0, 0.0)
@@ -301,7 +301,7 @@ def accuracy_reward(response: str, gold: str) -> float:
     return float(answer is not None and answers_match(answer, gold))
 
 def format_reward(response: str, observe: bool = True) -> float:
-    """0.5 if the blocks stand as the prompt asks, else 0.0 (method, section 2). Linear time.
+    """The paper's format reward: 0.5 if the blocks stand as asked, else 0.0. Linear time.
 
     observe, think, answer in this order with only white space between, or observe inside think;
     each tag once, no block blank; text around is tolerated. observe=False: think and answer alone.
@@ -323,8 +323,8 @@ def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: i
                   bonus: float = 0.2) -> list[float]:
     """The bonus to the shortest correct response of a group, if it is longer than min_length.
 
-    lengths: tokens with the stop token. Ties go to the first; if the shortest correct response is
-    not long enough nobody gets it (method, section 3). ValueError if the sequences do not fit.
+    The floor keeps "be short" from becoming "do not reason": below it nobody gets the bonus. Ties
+    go to the first. lengths: tokens with the stop token. ValueError if the sequences do not fit.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]
@@ -337,7 +337,7 @@ def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: i
     return [bonus if paid and i == shortest else 0.0 for i in range(len(correct))]
 
 def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
-    """w(d) = 4 sigma d (1 - d) for the share d of correct responses (method, section 4).
+    """w(d) = 4 sigma d (1 - d) for the share d of correct responses (the paper's weight).
 
     Half-solved groups weigh sigma, solved and hopeless ones 0. ValueError for an empty group.
 

@@ -41,6 +41,7 @@ from observe_r1 import (
     grpo_loss,
     load_problems,
     mix_ladder,
+    pack_group,
     parse_arguments,
     prompt_check,
     response_log_probs,
@@ -147,7 +148,7 @@ def test_doctests():
 
 
 def test_golden_case_of_the_method():
-    """Accuracies, formats and lengths of method section 4, through the code that training runs."""
+    """Accuracies, formats and lengths of a golden case, through the code that training runs."""
     accurate, formatted = [1, 1, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0]
     lengths = [300, 200, 150, 120, 400, 500, 600, 700]
     texts = [
@@ -302,6 +303,21 @@ def test_log_probs_and_gradients_equal_the_slow_version(model, processor, proble
     assert (found[rollouts.mask == 0] == 0).all()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_packed_group_holds_its_prompt_once():
+    """1,024 + 8 x 256 tokens, and which of them each sees, counted one by one at a small size."""
+    for P, G, R in ((1024, 8, 256), (3, 2, 2)):
+        inputs = {"input_ids": torch.zeros(1, P, dtype=int)}
+        inputs["position_ids"] = torch.arange(P).expand(3, 1, P)
+        ids = torch.ones(G, R, dtype=int)
+        packed, before = pack_group(inputs, ids, ids)
+        assert packed["input_ids"].shape == (1, P + G * R)
+    seen = ["1......", "11.....", "111....", "1111...", "11111..", "111..1.", "111..11"]
+    visible = packed["attention_mask"][0, 0]
+    assert ["".join(".1"[v] for v in row) for row in visible.int().tolist()] == seen
+    assert packed["position_ids"][0, 0].tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert before.tolist() == [2, 3, 2, 5]
 
 
 def test_gradient_checkpointing_changes_nothing(model, processor, problems, config):
@@ -535,7 +551,7 @@ def test_several_optimiser_steps_clip_against_the_policy_that_sampled(
 # ------------------------------------------------------------------------------------- ladder
 
 FIGURE = [0.015, 0.035, 0.05, 0.075, 0.135, 0.15, 0.15, 0.2, 0.19]
-FIGURE_STAGES = [42, 42, 54, 80, 112, 132, 155, 178, 206]  # per 1,000, method section 1
+FIGURE_STAGES = [42, 42, 54, 80, 112, 132, 155, 178, 206]  # per 1,000, by the paper's figure
 
 
 def levels(counts):

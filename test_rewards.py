@@ -56,7 +56,7 @@ def test_extract_answer(response, answer):
 @pytest.mark.parametrize(
     "prediction, gold, same",
     [
-        # the rows of method.md section 7: what the released code gets wrong
+        # what the released code gets wrong
         ("whatever", "Yes", False),
         ("yes", "Yes", True),
         ("whatever", "(1,2)", False),
