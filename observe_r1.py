@@ -425,7 +425,7 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ra
 
 # ---------------------------------------------------------------------------------------- training
 # The algorithm box: sample, reward, weigh, compare, update, in the order of the ladder. Groups with
-# A = 0 cost no pass, but stay in the denominator: a step with fewer of them is a smaller step.
+# A = 0 cost no pass, but stay in the denominator: the fewer groups are left, the smaller the step.
 def train(config: Config, rollout=rollout) -> dict:
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
     started, state, output = time.time(), prepare(config, rollout), Path(config.output_dir)
@@ -527,6 +527,8 @@ def optimizer_step(state, config: Config) -> float:
     return norm
 
 # ------------------------------------------------------------------------------- around a training
+# What is loaded, checked and said before the first step, and held-out accuracy. Scoring a ladder is
+# the same pass as evaluating: sample G responses to each problem and see what share is right.
 def load_model(config: Config) -> transformers.PreTrainedModel:
     """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU without one."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -546,6 +548,7 @@ def start(config: Config) -> tuple:
     problems = load_problems(config.data, config.split, prompt_check(processor, config))
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    gather(None)  # by now all have read what an earlier run left there
     if RANK == 0:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return output, processor, problems
@@ -643,7 +646,8 @@ def measure(state, config: Config, rollout=rollout) -> dict:
     sampling = replace(config, num_generations=samples, prompts_per_step=size)
     return evaluate(state.model, state.processor, state.held_out, sampling, rollout)[0]
 
-# ------------------------------------------------------------------------------ ladder and eval
+# ------------------------------------------------------------------------------- ladder and eval
+# d = 1 - correct / 8 is the difficulty for the model that sampled: a ladder belongs to its model.
 def ladder(config: Config) -> dict:
     """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json.
 
@@ -707,6 +711,7 @@ def evaluate_model(config: Config) -> dict:
     return result
 
 # ------------------------------------------------------------------------------------ command line
+# Defaults < --config FILE < options given.
 COMMANDS = {"train": train, "ladder": ladder, "eval": evaluate_model}
 TOY = Path(__file__).resolve().parent / "toy" / "config.json"
 

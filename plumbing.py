@@ -241,6 +241,7 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
     columns = {**scores, "advantage": advantages, "length": rollouts.mask.sum(-1).cpu()}
     tables = gather({name: values.numpy() for name, values in columns.items()})
+    difficulty = sum(gather([problem.get("difficulty") for problem in problems]), [])
     if RANK:
         return
     whole = {name: np.concatenate([table[name] for table in tables]) for name in columns}
@@ -248,6 +249,8 @@ def log_step(progress, state, problems, rollouts, scores, advantages, metrics, c
                "response_length": float(whole["length"].mean()),
                "truncated_fraction": float((whole["length"] >= config.max_new_tokens).mean()),
                "zero_weight_fraction": float((whole["advantage"] == 0).all(1).mean()), **metrics}
+    if None not in difficulty:  # of the ladder's scores
+        metrics["difficulty"] = float(np.mean(difficulty))
     shown = len(problems) if state.skipped else 2  # a batch with NaN gradients is kept for a look
     rows = [rollout_row(state.step, problem, texts, {k: v[i].tolist() for k, v in columns.items()})
             for i, (problem, texts) in enumerate(zip(problems[:shown], rollouts.texts))]

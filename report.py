@@ -14,7 +14,7 @@ CURVES = (  # metric, what it is
     ("bonus", "mean bonus of a response, at most 0.2 / G"),
     ("eval_accuracy", "share of correct responses to held-out problems"),
     ("response_length", "mean tokens of a response"),
-    ("difficulty", "share of wrong responses when the ladder was built, of the groups below"),
+    ("difficulty", "mean share of wrong responses to the step's problems when they were scored"),
     ("weight", "mean weight of a group, at most sigma"),
     ("zero_weight_fraction", "share of groups that teach nothing"),
     ("kl", "KL divergence from the reference, nats a token"),
@@ -118,9 +118,6 @@ def write_report(output: Path) -> None:
         name: [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
         for name, _ in CURVES
     }
-    values["difficulty"] = [
-        (r["step"], r["difficulty"]) for r in rows if r["difficulty"] is not None
-    ]
     curves = "".join(_curve(name, caption, values[name]) for name, caption in CURVES)
     ends = "".join(map(_card, [rows[0], rows[-1]] if rows else []))
     between = "".join(map(_card, rows[1:-1][:: max(1, len(rows) // 5)]))

@@ -876,6 +876,10 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
         "seconds",
     }
     assert [("eval_accuracy" in row) for row in metrics] == [False, True, False]
+    ladder = load_problems(str(TOY / "ladder.parquet"))
+    order = training_order(ladder, Config(max_steps=3, prompts_per_step=4))
+    steps = torch.tensor(list(ladder["difficulty"]))[order].view(3, 4).mean(1)
+    assert [row["difficulty"] for row in metrics] == pytest.approx(steps.tolist())
     assert metrics[-1]["optimizer_step"] <= 6
     summary = json.loads((output / "summary.json").read_text())
     assert 0 <= summary["accuracy_before"] <= 1 and summary["seconds"] > 0

@@ -149,7 +149,8 @@ def make_rollouts(problems: list[dict], before: list[dict], after: list[dict]) -
         data = base64.b64encode(problem["images"][0]["bytes"]).decode()
         shapes.append(
             f'<image x="10" y="{top}" height="36" href="data:image/png;base64,{data}"/><text '
-            f'x="240" y="{top + 22}">{html.escape(problem["question"])} ({problem["answer"]})</text>'
+            f'x="240" y="{top + 22}">{html.escape(problem["question"])} '
+            f"({problem['answer']})</text>"
         )
         lines = [
             (when, *line)
