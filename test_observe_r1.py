@@ -1011,34 +1011,24 @@ def test_a_killed_ladder_ends_in_the_same_file(few, tmp_path, monkeypatch):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+def torchrun(*command, cwd, processes=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        + ["--nproc_per_node", str(processes), *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=170,
+    )
+
+
 def test_ladder_under_torchrun(few, tmp_path):
     """Two processes score a share each; together they score every problem once."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29517",
-        str(HERE / "observe_r1.py"),
-        "ladder",
-        "--config",
-        str(TOY / "config.json"),
-        "--data",
-        few,
-        "--output_dir",
-        "two",
-        "--prompts_per_step",
-        "4",
-        "--eval_data",
-        "",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=170
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    options = ["--config", TOY / "config.json", "--data", few, "--output_dir", "two"]
+    options += ["--prompts_per_step", 4, "--eval_data", ""]
+    result = torchrun(HERE / "observe_r1.py", "ladder", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-9000:]
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     rows = [
         json.loads(line)
@@ -1436,18 +1426,6 @@ o.save_model(state, t.Path("learned"))
 if o.RANK == 0:
     t.Path("metrics.json").write_text(t.json.dumps(metrics))
 """
-
-
-def torchrun(*command, cwd, processes=2):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        + ["--master_port", "29519", *map(str, command)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=170,
-    )
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, model, processor, problems):
