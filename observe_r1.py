@@ -608,10 +608,10 @@ def score_problems(model, processor, problems, config: Config, rollout=rollout, 
         rows = read_log(file, lambda old: len(old) - len(old) % size * (len(old) < len(share)))
     progress = tqdm(desc=file.stem if file else "evaluating", initial=len(rows), total=len(share),
                     leave=False, disable=RANK > 0)
-    with gathered(model):
-        for start in range(len(rows), len(share), size):
-            torch.manual_seed(hash((config.seed, start, RANK)) % 2**32)
-            batch = list(share.select(range(start, min(start + size, len(share)))))
+    with gathered(model), progress:
+        for first in range(len(rows), len(share), size):
+            torch.manual_seed(hash((config.seed, first, RANK)) % 2**32)
+            batch = list(share.select(range(first, min(first + size, len(share)))))
             rollouts = rollout(model, processor, batch, config)
             scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
             for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
@@ -620,7 +620,7 @@ def score_problems(model, processor, problems, config: Config, rollout=rollout, 
                              **row, "difficulty": 1 - float(np.mean(row["accuracy"])),
                              "complexity": float(np.mean(row["length"]))})
             if file:
-                append_log(file, rows[start:])
+                append_log(file, rows[first:])
             progress.update(len(batch))
     return sum(gather(rows), [])
 
