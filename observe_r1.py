@@ -1,4 +1,4 @@
-"""Observe-R1 (arXiv 2505.12432) in one file: teach a vision-language model to look, reason, answer.
+"""Observe-R1 (arXiv 2505.12432) in one script: teach a vision-language model to look, then reason.
 
     python observe_r1.py      # trains the toy: real digits, no network, no GPU, minutes
     python observe_r1.py ladder --model Qwen/Qwen2.5-VL-3B-Instruct --data raw.parquet
