@@ -33,10 +33,11 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import Cache
 from transformers.hf_argparser import HfArg
 
 from plumbing import (
-    RANK, WORLD, append_log, check_options, eight_bit, gather, gathered, identity, join_processes,
+    RANK, WORLD, RoomyLayer, append_log, check_options, eight_bit, gather, gathered, identity, join_processes,
     last_checkpoint, load_problems, log_step, read_log, restore, save_checkpoint, save_model, shard,
     stop_on_signals, write_review)
 from report import write_report
@@ -254,8 +255,8 @@ def autocast(model):
 def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.Tensor]:
     """B*G responses, each [T] with its stop token; a prompt is read once and its cache serves G."""
     inputs, G = model_inputs(model, prompt), config.num_generations
-    output = model.model(**inputs, use_cache=True)
-    cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]  # [B,H]
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    hidden = model.model(**inputs, past_key_values=cache).last_hidden_state[:, -1]  # [B,H]
     cache.batch_repeat_interleave(G)
     hidden, attention = (x.repeat_interleave(G, 0) for x in (hidden, inputs["attention_mask"]))
     position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [B*G]

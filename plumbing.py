@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from report import rollout_row, write_report
@@ -189,6 +191,35 @@ def gathered(model):
     for part in parts:
         part.reshard()
         part.set_reshard_after_forward(True, recurse=False)
+
+# ------------------------------------------------------------------------------------------- cache
+class RoomyLayer(DynamicLayer):
+    """Keys and values [N,heads,T,size] of a layer, in buffers with room for tokens to come.
+
+    The parent's torch.cat copies all of them for each token. This is exact: attention sees the same
+    values in the same shapes, and only the strides differ.
+    """
+    ROOM = 128  # tokens
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.buffers = [self.keys, self.values]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        T = self.get_seq_length()
+        if T == 0:  # the prompt, before it is repeated
+            return super().update(key_states, value_states)
+        if T == self.buffers[0].shape[2]:
+            self.buffers = [pad(buffer, (0, 0, 0, self.ROOM)) for buffer in self.buffers]
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, T:T + 1] = new
+        self.keys, self.values = (buffer[:, :, :T + 1] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        T = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
 
 # --------------------------------------------------------------------------------- logs and signals
 def read_log(file: Path, keep) -> list[dict]:

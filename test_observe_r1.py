@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset, Image as Image_, load_dataset
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
 from transformers.trainer_utils import sort_checkpoints
 
 import observe_r1
@@ -423,6 +424,25 @@ def test_rollout_in_chunks_of_the_cache(model, processor, problems, config, monk
             lengths[i : i + prompts] for i in range(0, 5, prompts)
         ]
         widths.clear()
+
+
+def test_the_cache_with_room_holds_what_the_library_s_cache_holds():
+    """A prompt of 5, repeated for 3 responses, 300 tokens, responses that finish on the way."""
+    torch.manual_seed(0)
+    layers = plumbing.RoomyLayer(), DynamicLayer()
+    prompt = torch.randn(2, 2, 2, 5, 4)
+    for layer in layers:
+        layer.update(*prompt)
+        layer.batch_repeat_interleave(3)
+    for t in range(300):
+        new = torch.randn(2, len(layers[0].keys), 2, 1, 4)
+        for seen, expected in zip(*(layer.update(*new) for layer in layers)):
+            assert torch.equal(seen, expected) and seen.shape[2] == 6 + t
+        if t in (0, 40, 122, 123, 250):
+            for layer in layers:
+                layer.batch_select_indices(torch.arange(len(layer.keys)) != 1)
+        assert layers[0].get_seq_length() == 6 + t
+    assert len(layers[0].keys) == 1
 
 
 def test_slice_prompts_takes_the_right_pictures(processor, problems, config):

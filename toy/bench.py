@@ -79,11 +79,11 @@ def rollout() -> None:
     model, processor, problems = toy()
     model.eval()
     of_toy = list(problems.select(range(400, 416)))
-    large, wide = picture(256)
-    for what, rows, config in (
-        ("the toy's", of_toy, CONFIG),
-        ("a picture of 256", [large] * 16, wide),
-    ):
+    for tokens in (0, 256, 961):  # of the picture
+        rows, config, what = of_toy, CONFIG, "the toy's"
+        if tokens:
+            large, config = picture(tokens)
+            rows, what = [large] * 16, f"a picture of {tokens}"
         prompt = observe_r1.encode_prompts(rows, processor, config)
         config = replace(config, max_new_tokens=64)
         P = prompt["input_ids"].shape[1]
