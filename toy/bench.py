@@ -98,7 +98,7 @@ def rollout() -> None:
         lambda: generate(model, prompt, CONFIG),
         repeats=15,
     )[1]
-    row("rollout, 16 prompts x 8, as long as they come", "`generate`", natural, "≥ 2")
+    row("rollout, 16 prompts x 8, as long as they come (P = 75)", "`generate`", natural, "≥ 2")
 
 
 def picture(tokens: int):
@@ -282,7 +282,7 @@ def trl() -> None:
         max_completion_length=config.max_new_tokens,
         learning_rate=config.learning_rate,
         beta=config.kl_coef,
-        max_steps=8,
+        max_steps=20,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
