@@ -1,4 +1,4 @@
-"""Plumbing: other people's data, processes, logs, checkpoints. No part of the method.
+"""Plumbing: other people's data, processes, a faster cache, logs, checkpoints; not the method.
 
 Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of the fp32
 weights, gradients and moments (FSDP2). A checkpoint is a model folder plus optimiser, schedule and

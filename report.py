@@ -118,6 +118,9 @@ def write_report(output: Path) -> None:
         name: [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
         for name, _ in CURVES
     }
+    if (output / "summary.json").exists():
+        before = json.loads((output / "summary.json").read_text()).get("accuracy_before")
+        values["eval_accuracy"][:0] = [] if before is None else [(0, before)]
     curves = "".join(_curve(name, caption, values[name]) for name, caption in CURVES)
     ends = "".join(map(_card, [rows[0], rows[-1]] if rows else []))
     between = "".join(map(_card, rows[1:-1][:: max(1, len(rows) // 5)]))

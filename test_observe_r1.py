@@ -909,6 +909,7 @@ def test_the_command_end_to_end(tmp_path, processor, problems):
     assert (output / "checkpoint-2" / "model.safetensors").exists()
     page = (output / "report.html").read_text()
     assert "&lt;answer&gt;" in page and "<answer>" not in page
+    assert f"step 0: {summary['accuracy_before']:.4g}<" in page
     config = Config(**json.loads((output / "config.json").read_text()))
     loaded = [
         (
