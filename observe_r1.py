@@ -262,7 +262,7 @@ def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.T
     position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [B*G]
     ids, stop = position.new_zeros(len(position), config.max_new_tokens), position.new_tensor(stop)
     length, alive = torch.zeros_like(position), torch.arange(len(ids), device=ids.device)
-    banned = vision_tokens(model)
+    banned = position.new_tensor(vision_tokens(model))
     for t in range(config.max_new_tokens):
         logits = model.lm_head(hidden).float()  # [responses still being written, V]
         logits[:, banned] = -torch.inf
@@ -272,9 +272,10 @@ def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.T
             token = torch.multinomial((logits / config.temperature).softmax(-1), 1).squeeze(-1)
         ids[alive, t], length[alive] = token, t + 1
         going = ~torch.isin(token, stop)
-        if not going.any() or t + 1 == config.max_new_tokens:
+        left = int(going.sum())  # the one time in a step that Python waits for the GPU
+        if left == 0 or t + 1 == config.max_new_tokens:
             break
-        if not going.all():  # finished responses leave the batch
+        if left < len(going):  # finished responses leave the batch
             cache.batch_select_indices(going.nonzero().squeeze(-1))
             alive, token, position, attention = (
                 x[going] for x in (alive, token, position, attention))
