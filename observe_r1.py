@@ -295,9 +295,9 @@ def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
     prompt, G = encode_prompts(problems, processor, config).to(model.device), config.num_generations
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    text = model.config.get_text_config()
-    per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
-        text.hidden_size // text.num_attention_heads)  # bytes of keys and values in bf16
+    text, gpu = model.config.get_text_config(), model.device.type == "cuda"
+    per_token = (4 if gpu else 8) * text.num_hidden_layers * text.num_key_value_heads * (
+        text.hidden_size // text.num_attention_heads)  # bytes of keys and values, bf16 or fp32
     length, order, responses = prompt["attention_mask"].sum(-1).tolist(), range(len(problems)), []
     limit = config.cache_gb * 1e9 / (per_token * G)  # tokens of a chunk, its G counted as one
     if len(order) * (max(length) + config.max_new_tokens) > limit:

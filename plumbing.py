@@ -206,6 +206,7 @@ class RoomyLayer(DynamicLayer):
         self.buffers = [self.keys, self.values]
 
     def update(self, key_states, value_states, *args, **kwargs):
+        key_states = key_states.to(value_states.dtype)  # rope makes fp32 of them, attention bf16
         T = self.get_seq_length()
         if T == 0:  # the prompt, before it is repeated
             return super().update(key_states, value_states)

@@ -413,9 +413,9 @@ def test_rollout_in_chunks_of_the_cache(model, processor, problems, config, monk
         return sample(model, prompt, *rest)
 
     monkeypatch.setattr(observe_r1, "sample", record)
-    for prompts in (1, 2):  # in a cache for so many; a token takes 2 x 4 layers x 2 heads x 32 x 2
+    for prompts in (1, 2):  # in a cache for so many; a token takes 2 x 4 layers x 2 heads x 32 x 4
         tokens = prompts * 2 * (max(lengths) + greedy.max_new_tokens)
-        greedy.cache_gb = 1e-9 * 2 * 4 * 2 * 32 * 2 * tokens
+        greedy.cache_gb = 1e-9 * 2 * 4 * 2 * 32 * 4 * tokens
         chunks = rollout(model, processor, problems, greedy)
         assert torch.equal(whole.response_ids, chunks.response_ids) and whole.texts == chunks.texts
         longest = sorted(lengths, reverse=True)
@@ -443,6 +443,34 @@ def test_the_cache_with_room_holds_what_the_library_s_cache_holds():
                 layer.batch_select_indices(torch.arange(len(layer.keys)) != 1)
         assert layers[0].get_seq_length() == 6 + t
     assert len(layers[0].keys) == 1
+
+
+def test_keys_in_bf16_change_nothing_under_autocast(
+    model, processor, problems, config, monkeypatch
+):
+    """The cache holds them as attention reads them: half the bytes, the same logits."""
+    prompt = encode_prompts(problems, processor, config)
+    update, seen, logits = plumbing.RoomyLayer.update, [], []
+
+    def keep(layer, keys, values, *rest, **options):
+        if cast:
+            held = update(layer, keys, values, *rest, **options)
+            assert keys.dtype == torch.float32 and held[0].dtype == torch.bfloat16
+            return held
+        return DynamicLayer.update(layer, keys, values, *rest, **options)
+
+    def record(probabilities, count):
+        logits.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(plumbing.RoomyLayer, "update", keep)
+    monkeypatch.setattr(torch, "multinomial", record)
+    for cast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            observe_r1.sample(model.eval(), prompt, [-1], replace(config, max_new_tokens=8))
+        seen.append(torch.stack(logits))
+        logits.clear()
+    assert torch.equal(*seen)
 
 
 def test_slice_prompts_takes_the_right_pictures(processor, problems, config):
