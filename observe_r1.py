@@ -37,9 +37,9 @@ from transformers.cache_utils import Cache
 from transformers.hf_argparser import HfArg
 
 from plumbing import (
-    RANK, WORLD, RoomyLayer, append_log, check_options, eight_bit, gather, gathered, identity, join_processes,
-    last_checkpoint, load_problems, log_step, read_log, restore, save_checkpoint, save_model, shard,
-    stop_on_signals, write_review)
+    RANK, WORLD, RoomyLayer, append_log, check_options, cut_logs, eight_bit, gather, gathered,
+    identity, join_processes, last_checkpoint, load_problems, log_step, read_log, restore,
+    save_checkpoint, save_model, shard, stop_on_signals, write_review)
 from report import write_report
 from rewards import (
     accuracy_reward, answers_match, bonus_rewards, dynamic_weight, format_reward)
@@ -592,8 +592,7 @@ def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
     if folder:
         restore(state, folder)
     if RANK == 0:
-        for log in ("metrics.jsonl", "rollouts.jsonl"):
-            read_log(output / log, lambda rows: sum(row["step"] <= state.step for row in rows))
+        cut_logs(output, state.step)
     state.before = state.before or measure(state, config, rollout)
     stop_on_signals(state)
     return state

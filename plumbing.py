@@ -235,6 +235,12 @@ def read_log(file: Path, keep) -> list[dict]:
     os.truncate(file, sum(map(len, lines[:count])))
     return rows[:count]
 
+def cut_logs(output: Path, step: int) -> None:
+    """Cut what a run logged after `step`; what it summed up, if it did, is no longer true."""
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        read_log(output / log, lambda rows: sum(row["step"] <= step for row in rows))
+    (output / "summary.json").unlink(missing_ok=True)
+
 def append_log(file: Path, rows: list[dict]) -> None:
     """Add rows to a .jsonl file."""
     with open(file, "a") as log:

@@ -1355,8 +1355,11 @@ def test_resume_is_exact(few, tmp_path, undisturbed, capsys):
             os.kill(os.getpid(), signal.SIGINT)
 
     config = train_config(few, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"accuracy_after": 1.0}')  # of an earlier run
     with pytest.raises(RuntimeError, match="power cut"):
         train(config, interrupt_at(4, crash))
+    assert not (tmp_path / "run" / "summary.json").exists()
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     with pytest.raises(ValueError, match="--resume true"):
         train(config)
