@@ -57,6 +57,7 @@ from observe_r1 import (
 )
 from report import rollout_row, write_report
 from rewards import accuracy_reward, extract_answer
+from test_rewards import readme_block
 
 HERE = Path(__file__).parent
 TOY = HERE / "toy"
@@ -1767,12 +1768,6 @@ def test_commands_of_the_readme_name_options_that_exist():
             assert command in observe_r1.COMMANDS
 
 
-def readme_blocks(language, sign):
-    """The README's code blocks in a language that hold `sign`."""
-    blocks = re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    return [block for kind, block in blocks if kind == language and sign in block]
-
-
 def test_links_of_the_readme_lead_to_the_functions_they_name():
     text = (HERE / "README.md").read_text()
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
@@ -1812,15 +1807,14 @@ def test_the_rollout_engine_of_the_readme(model, processor, problems, config, mo
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr(observe_r1, "train", lambda *arguments: seen.update(trained=arguments))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    (block,) = readme_blocks("python", "vllm")
-    scope = {}
-    exec(block, scope)
+    scope = readme_block("from vllm")
     assert seen["trained"] == (scope["config"], scope["vllm_rollout"])
     theirs = scope["vllm_rollout"](model, processor, problems, config)
     assert torch.equal(theirs.response_ids, ours.response_ids) and theirs.texts == ours.texts
     assert torch.equal(theirs.mask, ours.mask) and seen["settings"]["n"] == config.num_generations
     assert set(seen["settings"]["logit_bias"]) == set(vision_tokens(model))
     assert seen["weights"].keys() == dict(model.named_parameters()).keys()
+    assert len(seen["requests"]) == len(problems)
     for request, problem in zip(seen["requests"], problems):
         assert request["prompt"].count("<|image_pad|>") == len(problem["images"])
         assert len(request["multi_modal_data"].get("image", [])) == len(problem["images"])
@@ -1832,7 +1826,8 @@ def test_the_rollout_engine_of_the_readme(model, processor, problems, config, mo
 
 def run_block(sign, folder):
     """Run the README's shell block that holds `sign` as it is written."""
-    (block,) = readme_blocks("", sign)
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    (block,) = [block for kind, block in blocks if not kind and sign in block]
     for file in (*HERE.glob("*.py"), HERE / "requirements.txt", HERE / "toy"):
         (folder / file.name).symlink_to(file)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
