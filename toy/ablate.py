@@ -1,17 +1,18 @@
 """What each part of the method is worth on the toy: the full method and five ablations.
 
     python toy/ablate.py                                  # 18 runs, about half an hour on two cores
-    python toy/ablate.py --variants full --seeds 0 1 2    # the learning curve of the README
-    python toy/ablate.py rollouts                         # its responses before and after
+    python toy/ablate.py --variants full --seeds 0 1 2    # fewer of them
+    python toy/ablate.py rollouts                         # responses before and after training
+    python tools/figures.py                               # draws what these have written
 
 Runs are kept in runs/ablate and not repeated: an interrupted series goes on where it stopped.
-Writes runs/ablate/table.md and runs/ablate/accuracy.svg from the runs that were asked for, and
-runs/ablate/rollouts.svg from the model in toy/ and the one that `python observe_r1.py` trained.
+The table is printed and written to runs/ablate/table.md. toy/ablations.json gets the held-out
+accuracy of every run that is in runs/ablate, and toy/rollouts.json the responses of the model in
+toy/ and of the one that `python observe_r1.py` trained (runs/toy/final) to two held-out problems.
 """
 
 import argparse
 import base64
-import html
 import json
 import math
 import statistics
@@ -30,107 +31,103 @@ VARIANTS = {  # the paper's five ablations
     "no bonus": "--bonus 0",
     "no weight": "--dynamic_weight false",
 }
-COLOURS = ("#1f6feb", "#8b949e", "#d29922", "#bf3989", "#2da44e", "#8250df")
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # Student's t by number of runs
+SHOWN = (2, 5)  # held-out problems for rollouts.json: the first of three digits, the first of six
+
+# The 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. With more than 30 the last
+# one is a little too wide, never too narrow.
+T_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
-def run(variant: str, seed: int, output: Path) -> dict:
-    """Summary and metrics of one run, trained now if it has not been before."""
-    folder = output / f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
-    if not (folder / "summary.json").exists():
-        command = [
-            sys.executable,
-            HERE.parent / "observe_r1.py",
-            "train",
-            "--config",
-            HERE / "config.json",
-            "--eval_steps",
-            "10",
-            "--seed",
-            seed,
-            "--output_dir",
-            folder,
-        ]
-        subprocess.run(
-            [*map(str, command), *VARIANTS[variant].split()],
-            check=True,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+def run_folder(variant: str, seed: int, output: Path) -> Path:
+    name = variant.replace(" ", "-").replace("/", "-")
+    return output / f"{name}-{seed}"
+
+
+def train(variant: str, seed: int, folder: Path) -> None:
+    """One run of observe_r1.py into this folder."""
+    script = HERE.parent / "observe_r1.py"
+    options = ["--config", HERE / "config.json", "--eval_steps", 10, "--seed", seed]
+    command = [sys.executable, script, "train", *options, "--output_dir", folder]
+    command = [str(part) for part in command] + VARIANTS[variant].split()
+    quiet = subprocess.DEVNULL
+    subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
+
+
+def read_run(variant: str, seed: int, folder: Path) -> dict:
+    """What the table and the figures need of a finished run: its summary and accuracy by step."""
     summary = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    print(variant, seed, summary, flush=True)
-    return {**summary, "metrics": [json.loads(line) for line in lines]}
+    curve = {0: summary["accuracy_before"]}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if metrics.get("eval_accuracy") is not None:
+            curve[metrics["step"]] = round(metrics["eval_accuracy"], 4)
+    accuracy = [list(point) for point in sorted(curve.items())]
+    return {"variant": variant, "seed": seed, **summary, "accuracy": accuracy}
+
+
+def finished_runs(output: Path) -> list[dict]:
+    """Every finished run of a known variant under `output`, variant by variant, seed by seed."""
+    runs = []
+    for variant in VARIANTS:
+        prefix = run_folder(variant, "", output).name
+        seeds = [
+            int(file.parent.name.removeprefix(prefix))
+            for file in output.glob(f"{prefix}*/summary.json")
+            if file.parent.name.removeprefix(prefix).isdecimal()
+        ]
+        for seed in sorted(seeds):
+            runs.append(read_run(variant, seed, run_folder(variant, seed, output)))
+    return runs
 
 
 def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def paired_difference(values: list[float], others: list[float]) -> tuple[float, float]:
+    """Mean of the differences, seed by seed, and half the width of its 95 % t interval.
+
+    The interval of a single seed is unknown: infinite.
+    """
+    gaps = [a - b for a, b in zip(values, others, strict=True)]
+    if len(gaps) == 1:
+        return gaps[0], math.inf
+    degrees = min(len(gaps) - 1, len(T_95))
+    half = T_95[degrees - 1] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return statistics.mean(gaps), half
+
+
 def make_table(runs: dict[str, list[dict]]) -> str:
     """Markdown; the difference to the full method is paired by seed, with its 95 % t interval."""
-    lines = [
-        "| variant | accuracy before | after | paired difference to full | length after | gain per "
-        "minute |",
-        "|---|---|---|---|---|---|",
-    ]
+    names = "variant, accuracy before, after, paired difference to full, length after"
+    columns = [*names.split(", "), "gain per minute"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for variant, results in runs.items():
-        before, after, length, seconds = (
-            [result[name] for result in results]
-            for name in ("accuracy_before", "accuracy_after", "response_length_after", "seconds")
-        )
+        before = [result["accuracy_before"] for result in results]
+        after = [result["accuracy_after"] for result in results]
+        length = [result["response_length_after"] for result in results]
+        minutes = [result["seconds"] / 60 for result in results]
+
         difference = "-"
-        if "full" in runs and variant != "full" and len(after) == len(runs["full"]):
-            gaps = [a - b["accuracy_after"] for a, b in zip(after, runs["full"])]
-            half = T_95.get(len(gaps), 2.0) * spread(gaps) / math.sqrt(len(gaps))
-            difference = f"{statistics.mean(gaps):+.3f} ± {half:.3f}"
-        gain = [60 * (a - b) / s for a, b, s in zip(after, before, seconds)]
-        lines.append(
-            f"| {variant} | {statistics.mean(before):.3f} | {statistics.mean(after):.3f} ± "
-            f"{spread(after):.3f} | {difference} | "
-            f"{statistics.mean(length):.1f} ± {spread(length):.1f} "
-            f"| {statistics.mean(gain):.2f} |"
-        )
+        if "full" in runs and variant != "full":
+            full = [result["accuracy_after"] for result in runs["full"]]
+            mean, half = paired_difference(after, full)
+            difference = f"{mean:+.3f} ± {half:.3f}"
+        gain = [(a - b) / m for a, b, m in zip(after, before, minutes)]
+        cells = [
+            variant,
+            f"{statistics.mean(before):.3f}",
+            f"{statistics.mean(after):.3f} ± {spread(after):.3f}",
+            difference,
+            f"{statistics.mean(length):.1f} ± {spread(length):.1f}",
+            f"{statistics.mean(gain):.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def make_figure(runs: dict[str, list[dict]]) -> str:
-    """Held-out accuracy by step: a thin line a seed, a thick one for their mean."""
-
-    def point(step, value, last):
-        return f"{50 + 500 * step / last:.1f},{270 - 250 * value:.1f}"
-
-    shapes = []
-    for tick in range(0, 11, 2):
-        y = 270 - 25 * tick
-        shapes.append(
-            f'<line x1="50" x2="550" y1="{y}" y2="{y}" stroke="#8884"/>'
-            f'<text x="42" y="{y + 4}" text-anchor="end">{tick / 10:.1f}</text>'
-        )
-    for colour, (variant, results), place in zip(COLOURS, runs.items(), range(9)):
-        curves = []
-        for result in results:
-            curve = [(0, result["accuracy_before"])]
-            curve += [
-                (m["step"], m["eval_accuracy"]) for m in result["metrics"] if "eval_accuracy" in m
-            ]
-            curves.append(curve)
-        last = curves[0][-1][0]
-        means = [(points[0][0], statistics.mean(v for _, v in points)) for points in zip(*curves)]
-        for curve, width in [*((curve, 0.7) for curve in curves), (means, 2.5)]:
-            places = " ".join(point(step, value, last) for step, value in curve)
-            shapes.append(
-                f'<polyline points="{places}" fill="none" stroke="{colour}" '
-                f'stroke-width="{width}"/>'
-            )
-        y = 262 - 16 * place
-        shapes.append(f'<text x="545" y="{y}" text-anchor="end" fill="{colour}">{variant}</text>')
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 570 310" font-family="sans-serif" '
-        'font-size="12" fill="#7d8590">' + "".join(shapes) + '<text x="300" y="302" '
-        f'text-anchor="middle">step (of {last})</text><text x="50" y="12">accuracy on held-out '
-        "handwriting, a thin line a seed</text></svg>\n"
-    )
 
 
 def sampled(model: Path, output: Path) -> list[dict]:
@@ -138,47 +135,37 @@ def sampled(model: Path, output: Path) -> list[dict]:
     options = ["--config", HERE / "config.json", "--model", model, "--output_dir", output]
     options += ["--data", HERE / "heldout.parquet", "--num_samples", 4]
     command = [sys.executable, HERE.parent / "observe_r1.py", "eval", *options]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in (output / "responses.jsonl").read_text().splitlines()]
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    lines = (output / "responses.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def make_rollouts(problems: list[dict], before: list[dict], after: list[dict]) -> str:
-    """Pictures, questions and four responses each, before training and after it, right or wrong."""
-    shapes, height = [], 10 + 46 + 8 * 17 + 20
-    for top, problem, *rows in zip(range(10, 10**6, height), problems, before, after):
+def compare(problems: list[dict], before: list[dict], after: list[dict]) -> list[dict]:
+    """Problems with their pictures as data URIs, and the responses of both models, as they came."""
+    rows = []
+    for problem, *sides in zip(problems, before, after, strict=True):
         data = base64.b64encode(problem["images"][0]["bytes"]).decode()
-        shapes.append(
-            f'<image x="10" y="{top}" height="36" href="data:image/png;base64,{data}"/><text '
-            f'x="240" y="{top + 22}">{html.escape(problem["question"])} '
-            f"({problem['answer']})</text>"
-        )
-        lines = [
-            (when, *line)
-            for when, row in zip(("before", "after"), rows)
-            for line in zip(row["responses"], row["accuracy"])
-        ]
-        for y, (when, response, right) in zip(range(top + 56, 10**6, 17), lines):
-            colour, mark = ("#2da44e", "✓") if right else ("#d1434b", "✗")
-            response = response if len(response) < 100 else response[:98] + " …"
-            shapes.append(
-                f'<text x="10" y="{y}" fill="{colour}">{mark}</text><text x="26" y="{y}">{when}'
-                f'</text><text x="72" y="{y}" font-family="monospace" font-size="10.5" '
-                f'fill="{colour}">{html.escape(response)}</text>'
-            )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {len(problems) * height}" '
-        'fill="#7d8590" font-family="sans-serif" font-size="13">' + "".join(shapes) + "</svg>\n"
-    )
+        row = {
+            "question": problem["question"],
+            "answer": problem["answer"],
+            "pictures": [f"data:image/png;base64,{data}"],
+        }
+        for name, side in zip(("before", "after"), sides):
+            pairs = zip(side["responses"], side["accuracy"], strict=True)
+            row[name] = [{"text": text, "accuracy": accuracy} for text, accuracy in pairs]
+        rows.append(row)
+    return rows
 
 
-def rollouts(output: Path) -> None:
-    """rollouts.svg: the first held-out problem of three digits and the first of six, seed 0."""
-    problems = datasets.Dataset.from_parquet(str(HERE / "heldout.parquet")).select([2, 5])
+def rollouts(output: Path, trained: Path) -> list[dict]:
+    """Responses to the problems in SHOWN, chosen by their place in the file and nothing else."""
+    problems = datasets.Dataset.from_parquet(str(HERE / "heldout.parquet")).select(SHOWN)
     problems = problems.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    before = sampled(HERE / "model", output / "eval-before")
-    after = sampled(Path("runs/toy/final"), output / "eval-after")
-    picture = make_rollouts(list(problems), *([rows[2], rows[5]] for rows in (before, after)))
-    (output / "rollouts.svg").write_text(picture)
+    sides = []
+    for model, name in ((HERE / "model", "eval-before"), (trained, "eval-after")):
+        rows = sampled(model, output / name)
+        sides.append([rows[place] for place in SHOWN])
+    return compare(list(problems), *sides)
 
 
 def main() -> None:
@@ -189,15 +176,34 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--trained", type=Path, default=Path("runs/toy/final"))
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the JSON files")
     args = parser.parse_args()
+
     if args.what == "rollouts":
-        return rollouts(args.output)
-    runs = {
-        variant: [run(variant, seed, args.output) for seed in args.seeds]
-        for variant in args.variants
-    }
+        if not args.trained.exists():
+            sys.exit(f"{args.trained} is missing: python observe_r1.py trains it")
+        rows = rollouts(args.output, args.trained)
+        (args.results / "rollouts.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return
+
+    runs = {}
+    for variant in args.variants:
+        runs[variant] = []
+        for seed in args.seeds:
+            folder = run_folder(variant, seed, args.output)
+            if not (folder / "summary.json").exists():
+                train(variant, seed, folder)
+            runs[variant].append(read_run(variant, seed, folder))
+            last = runs[variant][-1]
+            print(f"{variant}, seed {seed}: {last['accuracy_before']} to {last['accuracy_after']}")
+            sys.stdout.flush()
+
     (args.output / "table.md").write_text(make_table(runs))
-    (args.output / "accuracy.svg").write_text(make_figure(runs))
+    found = finished_runs(args.output)
+    lines = ",\n".join(json.dumps(run) for run in found)  # a run a line, for people to read
+    text = f'{{"source": "toy/ablate.py", "runs": [\n{lines}\n]}}\n'
+    (args.results / "ablations.json").write_text(text)
     print(make_table(runs))
 
 
