@@ -1,94 +1,148 @@
 """Observe-R1 (arXiv 2505.12432) in one script: teach a vision-language model to look, then reason.
 
-    python observe_r1.py      # trains the toy: real digits, no network, no GPU, minutes
+    python observe_r1.py      # trains the toy: real handwriting, no network, no GPU, minutes
     python observe_r1.py ladder --model Qwen/Qwen2.5-VL-3B-Instruct --data raw.parquet
-    python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
-    python observe_r1.py eval --model runs/3b/final --data AI4Math/MathVista --split testmini
-    torchrun --nproc_per_node 8 observe_r1.py train ...   # and ladder, eval
+    python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data runs/ladder/ladder.parquet
+    python observe_r1.py eval --model runs/train/final --data held_out.parquet
+    torchrun --nproc_per_node 8 observe_r1.py train ...   # ladder and eval as well
 
-It reads in the order of a run. What differs from the paper's released code:
-1. KL is part of the loss, not of the reward, so that a group of weight zero moves nothing.
-2. The loss is a mean over a response's tokens, then responses, however memory splits them.
-3. Mini-batches are whole groups, so that a prompt and its picture are encoded once.
-4. No prompt is cut and no problem dropped; accuracy is kept apart from the other rewards.
-Shapes: B prompts, G responses each, P prompt tokens, T response tokens, N responses (or tokens) in
-a flat list, H hidden size, V vocabulary.
+The method stands in the order of a run: problems, ladder, rollout, rewards, advantages,
+log-probabilities, loss, training. What surrounds it follows below one divider. Where this script
+differs from the paper's released code:
+1. The KL penalty is part of the loss, not of the reward: a group of weight zero moves nothing.
+2. The loss is a mean over each response's tokens, then over responses. How the responses are
+   split into backward passes changes memory, never the result.
+3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once.
+4. No prompt is cut and no problem is dropped in silence. Correctness is kept apart from rewards.
+
+Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, N responses or tokens
+in a flat list, H hidden size, V vocabulary. `model` is a Qwen2_5_VLForConditionalGeneration.
 """
+
+import base64
+import glob
+import hashlib
+import inspect
+import io
 import json
+import math
+import os
 import random
+import re
+import shutil
+import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import datasets
+import filelock
 import numpy as np
 import torch
+import torch.distributed.checkpoint as sharded_files
 import transformers
-from qwen_vl_utils import process_vision_info
+from PIL import Image
+from qwen_vl_utils import process_vision_info, smart_resize
 from safetensors import SafetensorError
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as sharded
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import Cache
-from transformers.hf_argparser import HfArg
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
-from plumbing import (
-    RANK, WORLD, RoomyLayer, append_log, check_options, cut_logs, eight_bit, gather, gathered,
-    identity, join_processes, last_checkpoint, load_problems, log_step, read_log, restore,
-    save_checkpoint, save_model, shard, stop_on_signals, write_review)
-from report import write_report
-from rewards import (
-    accuracy_reward, answers_match, bonus_rewards, dynamic_weight, format_reward)
+import rewards
+
+# Types that carry their range, against which Config checks its fields.
+Natural = Annotated[int, 0, math.inf]
+Count = Annotated[int, 1, math.inf]
+Amount = Annotated[float, 0, math.inf]
+Positive = Annotated[float, sys.float_info.min, math.inf]
+Share = Annotated[float, 0, 1]
+
 
 @dataclass
 class Config:
-    """Defaults are the published run; --config FILE overrides them, options given override both."""
-    model: str = HfArg(default="Qwen/Qwen2.5-VL-3B-Instruct", help="folder or hub id")
-    data: str = HfArg(default="", help="problems: hub id, folder, .jsonl, .json, .csv or .parquet")
-    eval_data: str = HfArg(default="", help="held-out problems, measured before and after training")
-    split: str = HfArg(default="train", help="split of the data")
-    output_dir: str = HfArg(default="runs/observe-r1", help="folder for all that a run writes")
-    config: str = HfArg(default="", help="JSON file of options; its paths may start at its folder")
-    seed: int = HfArg(default=0, help="seed of the order and of sampling")
-    order: Literal["ladder", "sorted", "random"] = HfArg(default="ladder", help="order of problems")
-    max_steps: int = HfArg(default=0, help="thin the ladder evenly to so many steps; 0: all of it")
-    prompts_per_step: int = HfArg(default=128, help="prompts of one rollout, which is one step")
-    num_generations: int = HfArg(default=8, help="G, the responses sampled for each prompt")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; 0: the likeliest token")
-    max_prompt_tokens: int = HfArg(default=9216, help="longer prompts are refused, never cut")
-    max_new_tokens: int = HfArg(default=8192, help="length cap of a response")
-    min_pixels: int = HfArg(default=3136, help="smaller pictures are enlarged to this area")
-    max_pixels: int = HfArg(default=2560000, help="larger pictures are reduced to this area")
-    cache_gb: float = HfArg(default=16.0, help="GB that a rollout's key/value cache may take")
-    system_prompt: str = HfArg(default="", help="replaces the built-in system prompt")
-    observe: bool = HfArg(default=True, help="ask for and reward <observe>; false: think, answer")
-    min_length: int = HfArg(default=100, help="tokens that a response must exceed for the bonus")
-    bonus: float = HfArg(default=0.2, help="reward of the shortest correct response of a group")
-    dynamic_weight: bool = HfArg(default=True, help="weigh a group by 4 sigma d (1 - d), not by 1")
-    sigma: float = HfArg(default=1.8, help="weight of a half-solved group")
-    minibatch_prompts: int = HfArg(default=8, help="groups of each optimiser step")
-    learning_rate: float = HfArg(default=1e-6, help="peak learning rate")
-    warmup_ratio: float = HfArg(default=0.03, help="share of the optimiser steps that warm up")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm")
-    clip_range: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
-    kl_coef: float = HfArg(default=0.01, help="beta of the KL penalty; 0 loads no reference model")
-    token_budget: int = HfArg(default=16384, help="tokens of a backward pass: memory, not results")
-    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations, save memory")
-    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
-    eval_steps: int = HfArg(default=0, help="measure held-out accuracy every so many steps")
-    num_samples: int = HfArg(default=0, help="responses sampled a problem in eval; 0: one, greedy")
-    save_steps: int = HfArg(default=0, help="write a checkpoint every so many steps")
-    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints that stay; 0: all")
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint of --output_dir")
-    cpu_offload: bool = HfArg(default=False, help="weights and moments in host memory (torchrun)")
-    clean_model: str = HfArg(default="", help="ladder: model that must fail without reasoning")
-    drop_easy: bool = HfArg(default=True, help="ladder: drop short problems that are always solved")
-    drop_hardest: bool = HfArg(default=False, help="ladder: drop problems that are never solved")
-    review: str = HfArg(default="", help="ladder: review.parquet with a person's marks in `keep`")
+    """Defaults are the published run; --config FILE overrides them, options given override both.
+
+    The comment beside a field is what --help prints for it.
+    """
+
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # folder or hub id of a Qwen2.5-VL
+    data: str = ""  # problems: .parquet, .jsonl, .json, .csv, a folder or a hub id
+    split: str = "train"  # split of --data
+    subset: str = ""  # configuration of a hub data set that has several
+    eval_data: str = ""  # held-out problems, measured before and after training
+    eval_split: str = "train"  # split of --eval_data
+    output_dir: str = ""  # folder for all that a run writes; default runs/COMMAND
+    overwrite: bool = False  # replace the run that --output_dir holds
+    config: str = ""  # JSON file of options; its paths may start at its own folder
+    seed: Natural = 0  # seed of the order and of sampling
+    device: str = ""  # cpu, cuda, mps, xpu ...; default: the accelerator, if there is one
+    deterministic: bool = False  # same bits in each run on a GPU too (always on a CPU)
+    skip_bad: bool = False  # leave out problems that cannot be used, and count them
+    check: bool = False  # decode all pictures before the start and list all bad rows
+
+    order: Literal["ladder", "sorted", "random"] = "ladder"  # order of the problems
+    max_steps: Natural = 0  # thin the ladder evenly to so many steps; 0: all of it
+    prompts_per_step: Count = 128  # prompts of one rollout, which is one step
+    num_generations: Count = 8  # G, the responses sampled for each prompt
+    temperature: Amount = 1.0  # sampling temperature; 0: the likeliest token
+    max_prompt_tokens: Count = 9216  # longer prompts are refused, never cut
+    max_new_tokens: Count = 8192  # length cap of a response
+    min_pixels: Count = 3136  # smaller pictures are enlarged to this area
+    max_pixels: Count = 2560000  # larger pictures are reduced to this area
+    cache_gb: Positive = 16.0  # GB that the key/value cache of a rollout may take
+    system_prompt: str = ""  # replaces the built-in system prompt
+
+    observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
+    min_length: Natural = 100  # tokens that a response must exceed for the bonus
+    bonus: Amount = 0.2  # reward of the shortest correct response of a group
+    dynamic_weight: bool = True  # weigh a group by 4 sigma p (1 - p) instead of by 1
+    sigma: Positive = 1.8  # weight of a half-solved group
+
+    minibatch_prompts: Count = 8  # groups of one optimiser step
+    learning_rate: Positive = 1e-6  # peak learning rate
+    warmup_ratio: Share = 0.03  # share of the optimiser steps that warm up
+    max_grad_norm: Positive = 1.0  # longer gradients are scaled down to this norm
+    clip_range: Positive = 0.2  # the ratio is clipped to 1 plus or minus this
+    kl_coef: Amount = 0.01  # beta of the KL penalty; 0 needs no reference model
+    freeze_vision: bool = False  # do not train the vision tower
+    lora_rank: Natural = 0  # train LoRA adapters of this rank (needs peft); 0: all weights
+    token_budget: Count = 16384  # tokens of a backward pass: memory, not results
+    gradient_checkpointing: bool = True  # recompute activations to save memory
+    cpu_offload: bool = False  # keep weights and moments in host memory
+
+    eval_steps: Natural = 0  # measure held-out accuracy every so many steps
+    num_samples: Natural = 0  # responses to each held-out problem; 0: one, greedy
+    save_steps: Natural = 0  # write a checkpoint every so many steps
+    keep_checkpoints: Natural = 2  # newest checkpoints that stay; 0: all
+    resume: bool = False  # go on from the newest checkpoint of --output_dir
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # number format of final/
+    clean_model: str = ""  # ladder: model that must fail without reasoning
+
+    def __post_init__(self):
+        """ValueError for a value of the wrong type or outside its range."""
+        for name, hint in get_type_hints(Config, include_extras=True).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ValueError(f"--{name} {value!r} is none of {get_args(hint)}")
+                continue
+            kind, low, high = get_args(hint) or (hint, None, None)
+            if kind is float and type(value) is int:
+                setattr(self, name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"--{name} {value!r} is no {kind.__name__}")
+            if low is not None and not low <= value <= high:  # false for NaN as well
+                raise ValueError(f"--{name} {value} is outside the range {low:.3g} to {high:.3g}")
+
 
 # ---------------------------------------------------------------------------------------- problems
 # A problem is a picture (or several, or none), a question and a short answer. The paper's prompt is
@@ -102,647 +156,1459 @@ PROMPTS = {
     "<answer> </answer>.",
     "answer": "Give only the final answer inside <answer> </answer>, without any reasoning.",
 }
+MARK = "<image>"  # stands in a question where a picture belongs; without marks, pictures come first
 
-def encode_prompts(problems: list[dict], processor, config: Config) -> transformers.BatchFeature:
+
+def chat_messages(problem, config):
+    """System and user message of a problem, with each picture where its mark stands."""
+    size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    pictures = [{"type": "image", "image": image, **size} for image in problem["images"]]
+    texts = [{"type": "text", "text": text} for text in problem["question"].split(MARK)]
+    content = pictures + texts
+    if len(texts) > 1:
+        content = texts[:1]
+        for picture, text in zip(pictures, texts[1:]):
+            content += [picture, text]
+    system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def encode_prompts(problems, processor, config):
     """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
 
-    num_images [B] says how many pictures a prompt has; pixel_values and image_grid_thw hold those
-    of all prompts end to end.
+    num_images [B] says how many pictures a prompt has; pixel_values and image_grid_thw hold the
+    patches and sizes of all pictures end to end.
     """
-    system, chats = config.system_prompt or PROMPTS["observe" if config.observe else "think"], []
+    chats = []
     for problem in problems:
-        pictures = [{"type": "image", "image": eight_bit(image), "min_pixels": config.min_pixels,
-                     "max_pixels": config.max_pixels} for image in problem["images"]]
-        user = [*pictures, {"type": "text", "text": problem["question"]}]
-        chats.append([{"role": "system", "content": system}, {"role": "user", "content": user}])
+        pictures = [eight_bit(picture) for picture in problem["images"]]
+        chats.append(chat_messages({**problem, "images": pictures}, config))
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    images, _ = process_vision_info(chats)  # loads and resizes; the processor must not do it again
-    batch = processor(text=texts, images=images, do_resize=False, padding=True,
-                      padding_side="left", return_tensors="pt")
+    images, _ = process_vision_info(chats)  # resizes, so the processor must not do it again
+    how = {"do_resize": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    batch = processor(text=texts, images=images, **how)
     batch["num_images"] = torch.tensor([len(problem["images"]) for problem in problems])
     return batch
 
-def prompt_check(processor, config: Config):
-    """A function for load_problems: ValueError for a problem that must not become a prompt."""
-    tokens = processor.tokenizer.added_tokens_decoder.values()
-    control = [token.content for token in tokens if token.special]
 
-    def check(problem: dict) -> None:
-        if found := [token for token in control if token in problem["question"]]:
-            raise ValueError(f"the question holds the control tokens {found}")
-        length = encode_prompts([problem], processor, config)["input_ids"].shape[1]
-        if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
-            raise ValueError(f"the prompt has {length} tokens, --max_prompt_tokens is "
-                             f"{config.max_prompt_tokens}; --max_pixels makes it shorter")
-    return check
+def prompt_length(problem, processor, config):
+    """Tokens of a prompt, from the sizes of its pictures alone: nothing is decoded or resized."""
+    chat = chat_messages(problem, config)
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    length = len(processor.tokenizer(text)["input_ids"])
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    for picture in problem["images"]:
+        width, height = picture.size
+        height, width = smart_resize(height, width, side, config.min_pixels, config.max_pixels)
+        length += height * width // side**2 - 1  # the text holds one token for each picture
+    return length
+
 
 # ------------------------------------------------------------------------------------------ ladder
-# The paper's NeuraLadder: difficulty d = share of wrong responses among 8, so nine levels, and nine
-# stages; each stage draws mostly from its own level and a little from the four nearest ones. As
-# each problem comes once, shares and level sizes leave no choice of the stages' sizes.
+# The paper's NeuraLadder. The difficulty of a problem is the share of wrong responses among 8, so
+# there are nine levels, and nine stages. Each stage draws mostly from its own level and a little
+# from the four nearest ones, so that training gets harder smoothly instead of in steps.
 
-STAGES = (  # the paper's figure: lowest level of a stage, shares of five levels from there upwards
-    (0, (0.29, 0.18, 0.19, 0.19, 0.17)),
-    (0, (0.05, 0.50, 0.15, 0.155, 0.15)),
-    (0, (0.02, 0.08, 0.51, 0.17, 0.23)),
-    (1, (0.03, 0.07, 0.505, 0.21, 0.19)),
-    (2, (0.03, 0.07, 0.58, 0.19, 0.14)),
-    (3, (0.03, 0.10, 0.575, 0.15, 0.15)),
-    (4, (0.05, 0.12, 0.54, 0.18, 0.12)),
-    (4, (0.02, 0.055, 0.10, 0.685, 0.14)),
-    (4, (0.02, 0.05, 0.07, 0.15, 0.72)),
-)
 
-def mix_ladder(difficulty: list, complexity: list, seed: int = 0) -> tuple[list[int], list[int]]:
+def mix_ladder(difficulty, complexity, seed=0):
     """Order problems into nine stages of smoothly rising difficulty (NeuraLadder).
 
-    difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens.
+    difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens. Within
+    a level, problems with short responses come first, because they take less reasoning.
     Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
-    Stage sizes must satisfy sum_i size_i share_il = n_l, the problems of level l. From one stage a
-    level, each round sends every level to the stages in proportion to what they ask of it (EM for
-    mixture weights): at the figure's level sizes this ends in the figure, elsewhere as near to it
-    as using each problem once allows, and no stage takes from a level in which it has no share.
+
+    Each problem is used once, so the sizes of the stages must satisfy, for every level l,
+    sum over stages s of size[s] * share[s, l] = problems of level l. The loop solves this by
+    expectation maximisation for mixture weights: each round sends the problems of a level to the
+    stages in proportion to what they ask of it. At the figure's level sizes this ends in the
+    figure's shares, elsewhere as near as possible, and never beyond the four nearest levels.
     """
+    figure = [  # shares of five neighbouring levels in each stage, read off to about .01
+        [0.29, 0.18, 0.19, 0.19, 0.17],
+        [0.05, 0.50, 0.15, 0.155, 0.15],
+        [0.02, 0.08, 0.51, 0.17, 0.23],
+        [0.03, 0.07, 0.505, 0.21, 0.19],
+        [0.03, 0.07, 0.58, 0.19, 0.14],
+        [0.03, 0.10, 0.575, 0.15, 0.15],
+        [0.05, 0.12, 0.54, 0.18, 0.12],
+        [0.02, 0.055, 0.10, 0.685, 0.14],
+        [0.02, 0.05, 0.07, 0.15, 0.72],
+    ]
     share = np.zeros((9, 9))  # [stage, level]
-    for stage, (low, shares) in enumerate(STAGES):
-        share[stage, low:low + 5] = np.array(shares) / sum(shares)
+    for stage, shares in enumerate(figure):
+        lowest = min(max(stage - 2, 0), 4)  # two levels on each side; at the ends those there are
+        share[stage, lowest : lowest + 5] = np.array(shares) / sum(shares)
     level = np.rint(np.array(difficulty, dtype=float) * 8).astype(int)
-    size = counts = np.bincount(level, minlength=9).astype(float)
+    level_size = np.bincount(level, minlength=9).astype(float)
+    stage_size = level_size
     for _ in range(200):
-        asked = size[:, None] * share
-        part = asked / np.maximum(asked.sum(0), 1e-12)  # where each level's problems go
-        size = part @ counts
-    rng, placed = random.Random(seed), []
+        asked = stage_size[:, None] * share
+        sent = asked / np.maximum(asked.sum(0), 1e-12)  # [stage, level], each column sums to 1
+        stage_size = sent @ level_size
+
+    generator = np.random.default_rng(seed)
+    placed = []  # (stage, position within the stage from 0 to 1, problem)
     for l in range(9):
         members = sorted(np.flatnonzero(level == l).tolist(), key=lambda i: complexity[i])
-        ends = np.rint(part[:, l].cumsum() * len(members)).astype(int)
-        for stage, (start, end) in enumerate(zip([0, *ends], ends)):
-            shift = rng.random()  # a level is spread evenly over its stage, at a phase of its own
-            placed += [(stage, (k - start + shift) / (end - start), members[k])
-                       for k in range(start, end)]
+        ends = np.rint(sent[:, l].cumsum() * len(members)).astype(int)
+        for stage, part in enumerate(np.split(np.array(members, dtype=int), ends[:-1])):
+            # Evenly over the stage; the random shift keeps the levels from all starting together.
+            positions = (np.arange(len(part)) + generator.random()) / max(1, len(part))
+            placed += zip([stage] * len(part), positions.tolist(), part.tolist())
     placed.sort()
     return [problem for _, _, problem in placed], [stage for stage, _, _ in placed]
 
-def select_problems(difficulty, complexity, drop_easy=True, drop_hardest=False) -> list[int]:
-    """Row numbers that stay: of difficulty 0 only the longer half (complexity)."""
-    easy = [c for d, c in zip(difficulty, complexity) if d == 0]
-    floor = float(np.median(easy)) if easy and drop_easy else -np.inf
-    return [i for i, (d, c) in enumerate(zip(difficulty, complexity))
-            if (d > 0 or c >= floor) and (d < 1 or not drop_hardest)]
 
-def training_order(problems: datasets.Dataset, config: Config) -> list[int]:
+def select_problems(difficulty, complexity):
+    """Numbers of the problems that stay: of difficulty 0 only those with the longer responses.
+
+    A problem that is always solved teaches nothing more about being right; where its responses are
+    long it still teaches to be brief. The threshold is the median complexity of difficulty 0.
+    """
+    easy = [c for d, c in zip(difficulty, complexity) if d == 0]
+    threshold = np.median(easy) if easy else 0
+    scores = enumerate(zip(difficulty, complexity))
+    return [i for i, (d, c) in scores if d > 0 or c >= threshold]
+
+
+def training_order(problems, config):
     """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
-    order, columns = list(range(len(problems))), problems.column_names
-    scored = "difficulty" in columns and "complexity" in columns
-    if config.order == "sorted" and not scored:
-        raise ValueError(f"--order sorted needs difficulty and complexity, not just {columns}")
+    order = list(range(len(problems)))
     if config.order == "random":
         random.Random(config.seed).shuffle(order)
-    elif config.order == "sorted":
+    if config.order == "sorted":
+        if "difficulty" not in problems.column_names:
+            raise ValueError("--order sorted needs the columns that the ladder command writes")
         order = np.lexsort((problems["complexity"], problems["difficulty"])).tolist()
-    elif scored and "stage" not in columns:  # with stages it is a ladder already, in its order
-        order, _ = mix_ladder(problems["difficulty"], problems["complexity"], config.seed)
-    count = config.max_steps * config.prompts_per_step or len(order)
-    stride = max(1, len(order) / count)  # thinned evenly: a cut would lose the hard end
-    return [order[int((k + 0.5) * stride)] for k in range(min(count, len(order)))]
+    wanted = config.max_steps * config.prompts_per_step or len(order)
+    stride = max(1, len(order) / wanted)  # thinned all along: a cut would lose the hard end
+    return [order[int((k + 0.5) * stride)] for k in range(min(wanted, len(order)))]
+
 
 # ----------------------------------------------------------------------------------------- rollout
-# For each prompt the policy, as it is now, writes G responses, by softmax(logits / temperature).
-# Tokens that stand for pictures are never sampled: the next pass would look for their picture.
+# For each prompt the policy, as it is now, writes G responses, token by token, sampled from
+# softmax(logits / temperature). Tokens that stand for pictures are never sampled: the next forward
+# pass would look for a picture that is not there.
+
+TEXT_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
 
 @dataclass
 class Rollouts:
-    """Prompts and their sampled responses; the mask, not a token's value, says what is padding."""
-    prompt: dict  # the processor's batch, left padded
+    """Prompts and their sampled responses."""
+
+    prompt: dict  # the processor's batch of B prompts, left padded; it stays in host memory
     response_ids: torch.Tensor  # [B,G,T]
-    mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token
+    mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token: lengths, not token values, count
     texts: list[list[str]]  # B lists of G
 
-def slice_prompts(prompt: dict, rows: list[int]) -> dict:
-    """Some prompts of an encoded batch, with the patches of just their pictures."""
-    width = int(prompt["attention_mask"][rows].sum(-1).max())
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    part = {name: prompt[name][rows, -width:] for name in names}
-    first = [0, *prompt["num_images"].cumsum(0).tolist()]
-    which = [picture for row in rows for picture in range(first[row], first[row + 1])]
-    if which:
-        patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
-        part["image_grid_thw"] = prompt["image_grid_thw"][which]
-        part["pixel_values"] = torch.cat([patches[picture] for picture in which])
-    return part
 
-def model_inputs(model, prompt: dict) -> dict:
+def join_prompts(prompts):
+    """One left padded batch from several."""
+    P = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    joined = {}
+    for name in (*TEXT_TENSORS, "num_images", "image_grid_thw", "pixel_values"):
+        values = [prompt[name] for prompt in prompts if name in prompt]
+        if name in TEXT_TENSORS:
+            values = [pad(value, (P - value.shape[1], 0)) for value in values]
+        if values:
+            joined[name] = torch.cat(values)
+    return joined
+
+
+def slice_prompts(prompt, b):
+    """Prompt b of an encoded batch alone, without padding, with the patches of its pictures."""
+    length = int(prompt["attention_mask"][b].sum())
+    chosen = {name: prompt[name][b : b + 1, -length:] for name in TEXT_TENSORS}
+    first, end = prompt["num_images"][:b].sum(), prompt["num_images"][: b + 1].sum()
+    if end > first:
+        grid = prompt["image_grid_thw"]  # [pictures,3]
+        patches = grid.prod(-1)
+        chosen["image_grid_thw"] = grid[first:end]
+        chosen["pixel_values"] = prompt["pixel_values"][patches[:first].sum() : patches[:end].sum()]
+    return chosen
+
+
+def model_inputs(model, prompt):
     """Inputs of a forward pass over prompts, with rope positions [3,B,P] (time, height, width).
 
     Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
     """
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    inputs = {name: prompt[name] for name in names if name in prompt}
-    inputs["position_ids"], _ = model.model.get_rope_index(
-        mm_token_type_ids=prompt["mm_token_type_ids"], **inputs)
+    inputs = {name: prompt[name].to(model.device) for name in names if name in prompt}
+    kinds = prompt["mm_token_type_ids"].to(model.device)
+    inputs["position_ids"], _ = model.model.get_rope_index(mm_token_type_ids=kinds, **inputs)
     return inputs
 
-def vision_tokens(model) -> list[int]:
-    """Tokens that stand for pictures: once sampled, a later pass looks for a picture and fails."""
+
+def vision_tokens(model):
+    """Tokens that stand for pictures and videos, or enclose them."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(model.config, name) for name in names]
 
-def autocast(model):
-    """bf16 arithmetic on a GPU. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [N,heads,T,size] of one layer, in buffers with room for tokens to come.
+
+    The library's cache copies all of them for each new token. This one gives attention the same
+    values in the same shapes; only the strides differ.
+    """
+
+    buffers = None
+
+    def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)  # under autocast, rope returns fp32 and attention wants bf16
+        T = self.get_seq_length()
+        if T == 0:  # the prompt
+            return super().update(keys, values)
+        if self.buffers is None or T == self.buffers[0].shape[2]:
+            room = (0, 0, 0, 128)
+            self.buffers = [pad(self.keys, room), pad(self.values, room)]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, T : T + 1] = new
+        self.keys, self.values = (buffer[:, :, : T + 1] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.buffers = None
+
 
 @torch.no_grad()
-def sample(model, prompt: dict, stop: list[int], config: Config) -> list[torch.Tensor]:
-    """B*G responses, each [T] with its stop token; a prompt is read once and its cache serves G."""
-    inputs, G = model_inputs(model, prompt), config.num_generations
+def sample(model, prompt, stop, config):
+    """B*G responses, each [T] with its stop token; a prompt is read once, its cache serves all G."""
+    inputs = model_inputs(model, prompt)
+    G, P = config.num_generations, inputs["input_ids"].shape[1]
     cache = Cache(layer_class_to_replicate=RoomyLayer)
-    hidden = model.model(**inputs, past_key_values=cache).last_hidden_state[:, -1]  # [B,H]
+    hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]  # [B,H]
     cache.batch_repeat_interleave(G)
-    hidden, attention = (x.repeat_interleave(G, 0) for x in (hidden, inputs["attention_mask"]))
-    position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [B*G]
-    ids, stop = position.new_zeros(len(position), config.max_new_tokens), position.new_tensor(stop)
-    length, alive = torch.zeros_like(position), torch.arange(len(ids), device=ids.device)
-    banned = position.new_tensor(vision_tokens(model))
+    hidden = hidden.repeat_interleave(G, 0)  # [N,H], N = B*G
+    position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [N]
+    visible = inputs["attention_mask"].bool().repeat_interleave(G, 0)  # [N,P]
+    padded = not visible.all()
+    visible = pad(visible, (0, config.max_new_tokens), value=True)[:, None, None]  # [N,1,1,P+T]
+
+    response_ids = position.new_zeros(len(position), config.max_new_tokens)
+    length = torch.zeros_like(position)
+    alive = torch.arange(len(position), device=position.device)  # the response in each batch row
+    done = alive < 0
+    stop, never = position.new_tensor(stop), position.new_tensor(vision_tokens(model))
+    decoder = model.model.language_model
     for t in range(config.max_new_tokens):
-        logits = model.lm_head(hidden).float()  # [responses still being written, V]
-        logits[:, banned] = -torch.inf
-        if config.temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            token = torch.multinomial((logits / config.temperature).softmax(-1), 1).squeeze(-1)
-        ids[alive, t], length[alive] = token, t + 1
-        going = ~torch.isin(token, stop)
-        left = int(going.sum())  # the one time in a step that Python waits for the GPU
+        logits = model.lm_head(hidden).float()  # [rows,V]
+        logits[:, never] = -math.inf
+        token = logits.argmax(-1)
+        if config.temperature > 0:
+            probabilities = (logits / config.temperature).softmax(-1)
+            token = torch.multinomial(probabilities, 1).squeeze(-1)
+        response_ids[alive, t] = token
+        length[alive] += ~done
+        done = done | torch.isin(token, stop)
+        left = int((~done).sum())  # the one time in a step that Python waits for the GPU
         if left == 0 or t + 1 == config.max_new_tokens:
             break
-        if left < len(going):  # finished responses leave the batch
-            cache.batch_select_indices(going.nonzero().squeeze(-1))
-            alive, token, position, attention = (
-                x[going] for x in (alive, token, position, attention))
-        position, attention = position + 1, pad(attention, (0, 1), value=1)
-        hidden = model.model(
-            input_ids=token[:, None], attention_mask=attention, past_key_values=cache,
-            position_ids=position[:, None].expand(3, -1, 1)).last_hidden_state[:, -1]
-    return [response[:n] for response, n in zip(ids, length)]
+        if left <= 0.75 * len(done):  # copying the cache for less does not pay
+            keep = (~done).nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            rows = (alive, done, token, position, visible)
+            alive, done, token, position, visible = (values[keep] for values in rows)
+        position = position + 1
+        mask = visible[..., : P + t + 1] if padded else None  # without one, attention is faster
+        hidden = decoder(
+            inputs_embeds=decoder.embed_tokens(token[:, None]),
+            attention_mask={"full_attention": mask},  # ready-made: not built again for each token
+            position_ids=position[:, None].expand(3, -1, 1),
+            cache=cache,
+        ).last_hidden_state[:, -1]
+    return [ids[:n] for ids, n in zip(response_ids, length.tolist())]
 
-def rollout(model, processor, problems: list[dict], config: Config) -> Rollouts:
+
+def rollout(model, processor, problems, config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
-    Prompts go in chunks whose key/value cache fits --cache_gb even if all responses reach the cap,
-    the longest prompts together, so that little of it is padding.
+    Prompts are encoded and sampled in chunks whose key/value cache fits --cache_gb even if all
+    responses reach the cap, the longest prompts together, so that little of it is padding.
     """
     model.eval()  # in training mode, gradient checkpointing drops the cache without an error
-    prompt, G = encode_prompts(problems, processor, config).to(model.device), config.num_generations
+    B, G = len(problems), config.num_generations
+    limit = config.cache_gb * 1e9 / (cache_bytes(model) * G)  # tokens of a chunk, once per prompt
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    text, gpu = model.config.get_text_config(), model.device.type == "cuda"
-    per_token = (4 if gpu else 8) * text.num_hidden_layers * text.num_key_value_heads * (
-        text.hidden_size // text.num_attention_heads)  # bytes of keys and values, bf16 or fp32
-    length, order, responses = prompt["attention_mask"].sum(-1).tolist(), range(len(problems)), []
-    limit = config.cache_gb * 1e9 / (per_token * G)  # tokens of a chunk, its G counted as one
-    if len(order) * (max(length) + config.max_new_tokens) > limit:
-        order = sorted(order, key=lambda row: -length[row])
-    while len(responses) < len(order):
-        left = order[len(responses):]
-        chunk = left[:max(1, int(limit / (length[left[0]] + config.max_new_tokens)))]
+    length = [prompt_length(problem, processor, config) for problem in problems]
+    waiting = sorted(range(B), key=lambda b: -length[b])
+    prompts, groups = [None] * B, [None] * B
+    while waiting:
+        size = max(1, int(limit / (length[waiting[0]] + config.max_new_tokens)))
+        chunk, waiting = waiting[:size], waiting[size:]
+        for b in chunk:
+            prompts[b] = encode_prompts([problems[b]], processor, config)
         with autocast(model):
-            flat = sample(model, slice_prompts(prompt, list(chunk)), sorted(stop), config)
-        responses += [flat[i:i + G] for i in range(0, len(flat), G)]
-    responses = [one for _, group in sorted(zip(order, responses)) for one in group]
-    texts = processor.batch_decode(responses, skip_special_tokens=True)
-    ids, mask = (pad_sequence(rows, batch_first=True).view(len(problems), G, -1)
-                 for rows in (responses, [torch.ones_like(row) for row in responses]))
-    return Rollouts(prompt, ids, mask, [texts[i:i + G] for i in range(0, len(texts), G)])
+            sampled = sample(model, join_prompts([prompts[b] for b in chunk]), sorted(stop), config)
+        for k, b in enumerate(chunk):
+            groups[b] = sampled[k * G : (k + 1) * G]
+
+    responses = [response for group in groups for response in group]
+    mask = pad_sequence([torch.ones_like(ids) for ids in responses], batch_first=True)
+    return Rollouts(
+        prompt=join_prompts(prompts),
+        response_ids=pad_sequence(responses, batch_first=True).view(B, G, -1),
+        mask=mask.view(B, G, -1),
+        texts=[processor.batch_decode(group, skip_special_tokens=True) for group in groups],
+    )
+
 
 # --------------------------------------------------------------------------- rewards and advantages
-# r = accuracy {0, 1} + format {0, .5} + bonus {0, .2};  d = share correct;  w = 4 sigma d (1 - d);
-# A = w (r - mean r) / std r.  A group that is all right or all wrong has w = 0 and teaches nothing.
-def score_rollouts(rollouts: Rollouts, problems: list[dict], config: Config) -> dict:
-    """The three rewards and their sum r, each [B,G], and the weight w of each group [B]."""
-    groups = []
-    for problem, texts, lengths in zip(problems, rollouts.texts, rollouts.mask.sum(-1).tolist()):
-        accuracy = [accuracy_reward(text, problem["answer"]) for text in texts]
-        correct = [value == 1 for value in accuracy]  # bonus and weight depend on this alone
-        groups.append({
-            "accuracy": accuracy,
-            "format": [format_reward(text, config.observe) for text in texts],
-            "bonus": bonus_rewards(correct, lengths, config.min_length, config.bonus),
-            "weight": dynamic_weight(correct, config.sigma) if config.dynamic_weight else 1.0})
-    scores = {name: torch.tensor([group[name] for group in groups]) for name in groups[0]}
-    return {"reward": scores["accuracy"] + scores["format"] + scores["bonus"], **scores}
+# reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
+# the weight of a group is 4 sigma p (1 - p), so that one that is all right or all wrong weighs 0.
+# advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
 
-def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, eps=1e-6) -> torch.Tensor:
+
+def score_rollouts(rollouts, problems, config):
+    """The three rewards and their sum `reward`, each [B,G], and the weight of each group [B]."""
+    groups = []
+    for problem, texts, mask in zip(problems, rollouts.texts, rollouts.mask):
+        accuracy = [rewards.accuracy_reward(text, problem["answer"]) for text in texts]
+        correct = [value == 1 for value in accuracy]  # bonus and weight depend on this alone
+        lengths = mask.sum(-1).tolist()
+        group = {
+            "accuracy": accuracy,
+            "format": [rewards.format_reward(text, config.observe) for text in texts],
+            "bonus": rewards.bonus_rewards(correct, lengths, config.min_length, config.bonus),
+            "weight": rewards.dynamic_weight(correct, config.sigma),
+        }
+        groups.append(group)
+    scores = {name: torch.tensor([group[name] for group in groups]) for name in groups[0]}
+    scores["reward"] = scores["accuracy"] + scores["format"] + scores["bonus"]
+    if not config.dynamic_weight:
+        scores["weight"].fill_(1)
+    return scores
+
+
+def group_advantages(rewards, weights, eps=1e-6):
     """A = w (r - mean) / (std + eps) in each group: rewards [B,G], weights [B] -> [B,G].
 
-    The std is the unbiased one (n - 1). Equal rewards are told by their range, because the std of
-    eight times 0.1 is rounding noise and not zero.
+    std is the unbiased one (n - 1). Groups of equal rewards are found by their range, because the
+    computed std of eight times 0.1 is rounding noise and not zero.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.1, 0.1]]), torch.tensor([1.6, 1.6]))
     tensor([[ 1.8475, -0.9238, -0.9238],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    equal = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True) < eps
+    centred = rewards - rewards.mean(-1, keepdim=True)  # [B,G]
+    spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)  # [B,1]
     advantages = weights[:, None] * centred / (rewards.std(-1, keepdim=True) + eps)
-    return advantages.masked_fill(equal, 0.0)
+    return advantages.masked_fill(spread < eps, 0.0)
+
 
 # ------------------------------------------------------------------------------- log-probabilities
-# log p(token) = z - log sum exp z, z = logits / temperature, as sampled. The G responses of a group
-# share one row, in which prompt and picture stand once: less work, and still exact.
-def pack_group(inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """One row of tokens: a prompt once, then its G responses end to end; ids and mask [G,T].
+# log p(token) = z - log sum exp z with z = logits / temperature, as in sampling. The responses of a
+# group share one row of tokens, in which prompt and pictures stand once: less work, still exact.
+
+
+def pack_group(inputs, response_ids, mask):
+    """One row of tokens: a prompt once, then its responses end to end; response_ids, mask [G,T].
 
     A response token sees the prompt and its own response so far, and its position goes on where the
-    prompt ends: just what it would see alone, but prompt and picture are encoded once, not G times,
-    and nothing is padded. Also returns, for each response token, the place of its predecessor.
+    prompt ends. That is just what it would see alone, but the prompt is computed once, not G times,
+    and nothing is padded. inputs: `model_inputs` of the one prompt, without padding. Returns the
+    inputs of the row, and for each of the N response tokens the place of its predecessor [N], whose
+    hidden state predicts it.
     """
-    P, lengths, mask = inputs["input_ids"].shape[1], mask.sum(-1), mask.bool()
-    t = mask.cumsum(-1)[mask]  # 1, 2, ... within each response
-    after = (inputs["position_ids"].max() + t).expand(3, 1, -1)
-    owner = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)
-    owner = pad(owner, (P, 0), value=-1)  # -1 is the prompt, which all may see
-    visible = ((owner == -1) | (owner == owner[:, None])).tril()  # [query,key]
-    before = torch.arange(P - 1, P - 1 + len(t), device=ids.device).where(t > 1, P - 1)
-    return {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids[mask][None]], 1),
-            "position_ids": torch.cat([inputs["position_ids"], after], 2),
-            "attention_mask": visible[None, None]}, before
+    mask = mask.bool()
+    P = inputs["input_ids"].shape[1]
+    lengths = mask.sum(-1)  # [G]
+    nth = mask.cumsum(-1)[mask]  # [N]: 1, 2, ... within each response
+    # Rope has three axes. Text advances all of them together, from the largest value that any axis
+    # reached in the prompt, because a picture advances each axis by another amount.
+    positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
+    owner = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)  # [N]
+    owner = torch.nn.functional.pad(owner, (P, 0), value=-1)  # [P+N], -1: the prompt
+    same_response = owner == owner[:, None]
+    visible = ((owner == -1) | same_response).tril()  # [query,key]
+    previous = torch.arange(P - 1, P - 1 + len(nth), device=mask.device)
+    predecessors = previous.where(nth > 1, P - 1)  # a first token follows the prompt
+    row = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], response_ids[mask][None]], 1),
+        "position_ids": torch.cat([inputs["position_ids"], positions], 2),
+        "attention_mask": visible[None, None],
+    }
+    return row, predecessors
 
-def token_log_probs(hidden, targets, head, banned: list[int], temperature: float, chunk=512):
-    """log p(target) from hidden states [N,H] and targets [N] -> [N].
 
-    Logits over 152k tokens are the memory peak of training: they are made for `chunk` tokens at a
-    time, reduced to one number each, and made again in the backward pass.
+def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
+    """log p(target) from hidden states [N,H] and targets [N] -> [N]; head: [N,H] -> logits [N,V].
+
+    Logits over a vocabulary of 152,000 tokens are the memory peak of training. They are made for
+    `chunk` tokens at a time, reduced to one number each, and made again in the backward pass.
+    banned: tokens that are never sampled; they have no probability here either.
     """
-    def of_chunk(hidden, targets):
-        logits = head(hidden).float() / temperature
-        logits[:, banned] = -torch.inf  # what cannot be sampled has no probability here either
+
+    def log_probs_of(hidden, targets):
+        logits = head(hidden).float() / temperature  # [chunk,V]
+        logits[:, banned] = float("-inf")
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    pairs = list(zip(hidden.split(chunk), targets.split(chunk)))
-    if len(pairs) == 1:  # its backward pass follows at once: making logits again saves nothing
-        return of_chunk(hidden, targets)
-    return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
+    if len(targets) <= chunk:  # its backward pass follows at once: nothing to gain
+        return log_probs_of(hidden, targets)
+    parts = []
+    for part in zip(hidden.split(chunk), targets.split(chunk)):
+        parts.append(torch.utils.checkpoint.checkpoint(log_probs_of, *part, use_reentrant=False))
+    return torch.cat(parts)
 
-def group_log_probs(model, rollouts: Rollouts, row: int, part: slice, config) -> torch.Tensor:
-    """Log-probabilities of responses to one prompt, [G,T], 0 in the padding, with gradients."""
-    ids, mask = rollouts.response_ids[row, part], rollouts.mask[row, part].bool()
-    inputs = model_inputs(model, slice_prompts(rollouts.prompt, [row]))
-    inputs, before = pack_group(inputs, ids, mask)
-    with autocast(model):
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, before]  # [N,H]
-        log_probs = token_log_probs(hidden, ids[mask], model.lm_head, vision_tokens(model),
-                                    config.temperature)
+
+class Policy(torch.nn.Module):
+    """A Qwen2.5-VL whose forward pass returns the log-probabilities of a packed group."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, row=None, predecessors=None, targets=None, temperature=1.0):
+        """Row and predecessors [N] of `pack_group`, targets [N] -> log-probabilities [N]."""
+        if row is None:  # see `shard`
+            return None
+        model = self.model
+        with autocast(model):
+            hidden = model.model(**row, use_cache=False).last_hidden_state[0]  # [P+N,H]
+            hidden = hidden[predecessors]  # [N,H]
+            banned = vision_tokens(model)
+            log_probs = token_log_probs(hidden, targets, model.lm_head, banned, temperature)
+        # A group without pictures must still give the vision tower a gradient, of 0: with several
+        # processes FSDP waits for it, and one process shall compute the same as several.
+        vision = [p.flatten()[0] for p in model.model.visual.parameters() if p.requires_grad]
+        return log_probs + 0 * sum(vision)
+
+
+def policy_log_probs(policy, rollouts, b, part, config):
+    """Log-probabilities of the responses `part` to prompt b, [responses,T]; 0 in the padding."""
+    response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part].bool()
+    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, b))
+    row, predecessors = pack_group(inputs, response_ids, mask)
+    log_probs = policy(row, predecessors, response_ids[mask], config.temperature)  # [N]
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
-def response_log_probs(model, rollouts: Rollouts, config: Config) -> torch.Tensor:
-    """Log-probability of each response token at the sampling temperature, [B,G,T]; 0 in padding."""
-    rows = range(len(rollouts.mask))
-    return torch.stack([group_log_probs(model, rollouts, row, slice(None), config) for row in rows])
+
+def plan_passes(rollouts, prompts, config):
+    """(prompt, responses) of each pass: a group, or as much of it as --token_budget allows."""
+    P = rollouts.prompt["input_ids"].shape[1]
+    _, G, T = rollouts.mask.shape
+    size = max(1, (config.token_budget - P) // T)
+    return [(b, slice(g, g + size)) for b in prompts for g in range(0, G, size)]
+
+
+def response_log_probs(policy, rollouts, config, prompts=None):
+    """Log-probability of each response token at the sampling temperature, [B,G,T]; 0 in padding.
+
+    policy: a Policy, or its model. prompts: only the responses to these, 0 elsewhere.
+    """
+    policy = policy if isinstance(policy, Policy) else Policy(policy)
+    prompts = range(len(rollouts.mask)) if prompts is None else prompts
+    log_probs = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
+    for b, part in plan_passes(rollouts, prompts, config):
+        log_probs[b, part] = policy_log_probs(policy, rollouts, b, part, config)
+    return log_probs
+
 
 # -------------------------------------------------------------------------------------------- loss
-# -min(ratio A, clip(ratio, 1 - .2, 1 + .2) A) + beta (exp(q) - q - 1), ratio = p / p_old and
-# q = log p_ref - log p. On the first optimiser step ratio = 1: the loss is 0, its gradient is not.
-def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_range=0.2,
-              kl_coef=0.01, num_responses=None) -> tuple[torch.Tensor, dict[str, float]]:
-    """GRPO (arXiv 2402.03300): log-probabilities, mask [N,T] and advantages [N] -> loss, metrics.
+# The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. The
+# objective ratio * A pushes good responses up and bad ones down; clipping the ratio ends the push
+# once a token has moved by 20 %. The KL penalty keeps the policy near the model it started from.
 
-    A token costs -min(ratio A, clip(ratio) A) + beta KL, a response the mean over its tokens; their
-    sum over responses is divided by `num_responses`, all that this optimiser step sampled (or N).
-    `ref_log_probs` may be None: no KL. The metrics are means over the N responses.
+
+def grpo_loss(
+    log_probs,
+    old_log_probs,
+    ref_log_probs,
+    advantages,
+    mask,
+    clip_range=0.2,
+    kl_coef=0.01,
+    num_responses=None,
+):
+    """GRPO (arXiv 2402.03300): log-probabilities and mask [N,T], advantages [N] -> loss, metrics.
+
+    A token costs -min(ratio A, clip(ratio) A) + kl_coef * KL, a response the mean over its tokens.
+    Their sum is divided by num_responses, all that this optimiser step sampled (default N).
+    ref_log_probs may be None: no KL. The metrics are means over the N responses.
+
+    KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
+    log p: unbiased, never negative, of low variance (k3 in joschu.net/blog/kl-approx.html).
     """
     mask = mask.to(log_probs.dtype)
+    lengths = mask.sum(-1).clamp(min=1)  # [N]
 
-    def per_response(values):  # [N,T] -> [N], the mean over each response's own tokens
-        return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = (log_probs - old_log_probs).exp()  # [N,T]; 1 in the first optimiser step of a rollout
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = ratio * advantages[:, None]
-    clipped_gain = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages[:, None]
-    q = torch.zeros_like(log_probs) if ref_log_probs is None else ref_log_probs - log_probs
-    kl = q.exp() - q - 1  # unbiased and never negative
-    cost = per_response(kl_coef * kl - torch.min(gain, clipped_gain))
+    clipped_gain = clipped_ratio * advantages[:, None]
+    objective = gain.minimum(clipped_gain)  # [N,T]
+
+    q = 0 * log_probs if ref_log_probs is None else ref_log_probs - log_probs
+    kl = q.exp() - q - 1  # [N,T]
+
+    cost = ((kl_coef * kl - objective) * mask).sum(-1) / lengths  # [N]
+    loss = cost.sum() / (num_responses or len(cost))
+
     metrics = {"kl": kl, "clip_fraction": (clipped_gain < gain).to(mask.dtype)}
-    return (cost.sum() / (num_responses or len(cost)),
-            {name: per_response(values).mean().item() for name, values in metrics.items()})
+    for name, values in metrics.items():
+        per_response = (values * mask).sum(-1) / lengths  # [N]
+        metrics[name] = per_response.sum().item() / max(1, len(cost))
+    return loss, metrics
+
 
 # ---------------------------------------------------------------------------------------- training
-# The algorithm box: sample, reward, weigh, compare, update, in the order of the ladder. Groups with
-# A = 0 cost no pass, but stay in the denominator: the fewer groups are left, the smaller the step.
-def train(config: Config, rollout=rollout) -> dict:
+# The algorithm box: sample, score, weigh, compare, update, in the order of the ladder. Groups whose
+# advantages are all 0 cost no pass, but stay in the denominator of the loss: the fewer groups are
+# left, the smaller the step.
+
+
+@dataclass
+class TrainState:
+    """All that training holds and changes."""
+
+    policy: Policy
+    reference: Policy | None  # None with --kl_coef 0, and with adapters, which can be switched off
+    adapters: object | None  # peft's view of the model, with --lora_rank
+    processor: object
+    problems: datasets.Dataset
+    held_out: datasets.Dataset | None
+    steps: list[list[int]]  # row numbers of the prompts of each step
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    step: int = 0
+    optimizer_step: int = 0
+    bad_updates: int = 0  # optimiser steps in a row whose gradients were NaN or infinite
+    before: dict = field(default_factory=dict)  # held-out results before training
+
+
+def train(config, rollout=rollout):
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
-    started, state, output = time.time(), prepare(config, rollout), Path(config.output_dir)
-    progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
-    for rows in state.steps[state.step:]:  # easy to hard
-        clock = time.time()
-        transformers.set_seed(hash((config.seed, state.step, RANK)) % 2**32)  # resume needs no more
-        problems = list(state.problems.select(rows[RANK::WORLD]))
-        with gathered(state.model):
-            rollouts = rollout(state.model, state.processor, problems, config)  # B x G responses
-        scores = score_rollouts(rollouts, problems, config)  # accuracy + format + bonus, and w(d)
-        advantages = group_advantages(scores["reward"], scores["weight"])  # w (r - mean) / std
-        metrics = update(state, rollouts, advantages, config)  # GRPO
-        state.step += 1
-        if state.held_out and config.eval_steps and state.step % config.eval_steps == 0:
-            metrics["eval_accuracy"] = measure(state, config, rollout)["accuracy"]
-        metrics["seconds"] = round(time.time() - clock, 3)
-        log_step(progress, state, problems, rollouts, scores, advantages, metrics, config)
-        stop = any(gather(state.stop))  # Ctrl-C may reach one process alone
-        if stop or config.save_steps and state.step % config.save_steps == 0:
-            save_checkpoint(state, config)
-        if stop:
-            raise SystemExit(f"stopped after step {state.step}; --resume true goes on from there")
-    save_model(state, output / "final")
-    after = measure(state, config, rollout)
-    summary = {"seconds": round(time.time() - started, 1), "steps": state.step}
-    for when, found in (("before", state.before), ("after", after)):
-        names = ("accuracy", "format", "response_length") if found else ()
-        summary |= {f"{name}_{when}": round(found[name], 4) for name in names}
-    if RANK == 0:
-        (output / "summary.json").write_text(json.dumps(summary, indent=1))
-        write_report(output)
-        print(f"{json.dumps(summary)}\nthe model is {output}/final; see {output}/report.html")
-    return summary
+    with run_folder(config) as output:
+        started = time.time()
+        state = prepare(config, output, rollout)
+        stop = stop_on_signals()
+        progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
+        for rows in state.steps[state.step :]:  # easy to hard
+            clock = time.time()
+            set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
+            problems = read_problems(state.problems, rows[RANK::WORLD], config)
 
-@torch.no_grad()
-def constant_log_probs(model, rollouts: Rollouts, passes: list, config: Config) -> list:
-    """Old or reference log-probabilities. The sampler's own would not do: it rounds otherwise."""
-    with gathered(model):
-        return [group_log_probs(model, rollouts, *which, config) for which in passes]
+            with gathered(state.policy):
+                rollouts = rollout(state.policy.model, state.processor, problems, config)
+            scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weight [B]
+            advantages = group_advantages(scores["reward"], scores["weight"])  # [B,G]
+            metrics = update(state, rollouts, advantages, config)  # GRPO
 
-def update(state, rollouts: Rollouts, advantages: torch.Tensor, config: Config) -> dict:
-    """The optimiser steps of one rollout: mini-batches of whole groups, one group a backward pass.
+            state.step += 1
+            if config.eval_steps and state.step % config.eval_steps == 0:
+                metrics["eval_accuracy"] = measure(state, config, rollout)["accuracy"]
+            metrics["seconds"] = round(time.time() - clock, 3)
+            log_step(
+                progress, output, state, problems, rollouts, scores, advantages, metrics, config
+            )
+            stopping = any(gather(bool(stop)))  # a signal may reach one process alone
+            if stopping or config.save_steps and state.step % config.save_steps == 0:
+                save_checkpoint(state, output, config)
+            if stopping:
+                raise SystemExit(f"stopped after step {state.step}; --resume true goes on from it")
+        progress.close()
+        save_final(state, output / "final", config)
+        after = measure(state, config, rollout)
+        summary = {"steps": state.step, "seconds": round(time.time() - started, 1)}
+        for name in ("accuracy", "format", "response_length") if after else ():
+            summary |= {f"{name}_before": state.before[name], f"{name}_after": after[name]}
+        say(f"the model is {output}/final; `python tools/report.py {output}` draws the run")
+        return write_summary(output / "summary.json", summary)
 
-    A group whose advantages are all zero is skipped, its KL too; it counts in the denominator.
-    Under torchrun rollouts holds every WORLD-th prompt of the step, from number RANK on.
+
+def update(state, rollouts, advantages, config):
+    """The optimiser steps on one rollout, on mini-batches of whole groups. Returns metrics.
+
+    With several processes, prompt b of process r is number b * WORLD + r of the step.
     """
-    advantages = advantages.to(rollouts.mask.device)  # [B,G]
-    trained = advantages.any(1).nonzero().flatten().tolist()
-    P, (_, G, T) = rollouts.prompt["input_ids"].shape[1], rollouts.mask.shape
-    size = max(1, (config.token_budget - P) // T)  # responses that share a backward pass
-    passes = [(row, slice(start, start + size)) for row in trained for start in range(0, G, size)]
-    prompts = sum(gather(len(advantages)))  # of all processes
-    minibatches = torch.arange(prompts).split(config.minibatch_prompts)
-    old = ref = [None] * len(passes)
-    if len(minibatches) > 1:  # with one, the policy that learns is the one that sampled
-        old = constant_log_probs(state.model, rollouts, passes, config)
-    if state.reference is not None:
-        ref = constant_log_probs(state.reference, rollouts, passes, config)
-    totals, norms = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "trained": len(trained)}, []
-    state.model.train()
-    for rows in minibatches:
-        mine = [i for i, (row, _) in enumerate(passes) if RANK + WORLD * row in rows]
-        most = max(gather(len(mine)))  # all processes make as many passes, or they would wait
-        for i in mine + [None] * (most - len(mine)):
-            row, part = (0, slice(0, 1)) if i is None else passes[i]
-            log_probs = state.model.run(group_log_probs, state.model, rollouts, row, part, config)
-            if i is None:
-                (0 * log_probs.sum()).backward()
-                continue
-            loss, metrics = grpo_loss(
-                log_probs, log_probs.detach() if old[i] is None else old[i], ref[i],
-                advantages[row, part], rollouts.mask[row, part], config.clip_range, config.kl_coef,
-                num_responses=len(rows) * G)
-            (WORLD * loss).backward()  # gradients are averaged over the processes
-            totals["loss"] += loss.item() / len(minibatches)
-            for name, value in metrics.items():
-                totals[name] += value * len(log_probs) / G
-        if most:  # without any, not even momentum may move the weights
-            norms.append(optimizer_step(state, config))
-        rate = state.scheduler.get_last_lr()[0]
-        state.scheduler.step()
-    totals = {name: sum(process[name] for process in gather(totals)) for name in totals}
-    groups = max(1, totals.pop("trained"))
-    return {"optimizer_step": state.optimizer_step, "loss": totals["loss"],
-            "kl": totals["kl"] / groups, "clip_fraction": totals["clip_fraction"] / groups,
-            "learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms)),
-            "skipped_updates": state.skipped}
+    policy, mask = state.policy, rollouts.mask
+    advantages = advantages.to(mask.device)
+    B, G, _ = mask.shape
+    trained = [b for b in range(B) if advantages[b].any()]  # the others would move nothing
+    firsts = range(0, max(gather(B)) * WORLD, config.minibatch_prompts)
+    old = reference = None
+    with torch.no_grad():
+        if len(firsts) > 1:  # with one, the policy that learns is still the one that sampled
+            with gathered(policy):
+                old = response_log_probs(policy, rollouts, config, trained)  # [B,G,T]
+        if config.kl_coef:
+            with reference_policy(state) as fixed:
+                reference = response_log_probs(fixed, rollouts, config, trained)
 
-def optimizer_step(state, config: Config) -> float:
-    """Clip, step, return the gradient norm; without a step if it is NaN or infinite."""
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
-    norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of the shards of all processes
-    if np.isfinite(norm):
+    policy.train()
+    seen, norms = [], []
+    for first in firsts:
+        prompts = range(first, first + config.minibatch_prompts)
+        mine = [b for b in range(B) if b * WORLD + RANK in prompts]
+        passes = plan_passes(rollouts, [b for b in mine if b in trained], config)
+        counts = np.array(gather((len(mine), len(passes))))  # [WORLD,2]
+        num_responses, most = counts[:, 0].sum() * G, counts[:, 1].max()
+        # All processes must run the model equally often. A pass without responses fills up: its
+        # loss and its gradient are 0.
+        for b, part in passes + [(0, slice(0))] * (most - len(passes)):
+            log_probs = policy_log_probs(policy, rollouts, b, part, config)
+            loss, metrics = grpo_loss(
+                log_probs,
+                log_probs.detach() if old is None else old[b, part],
+                None if reference is None else reference[b, part],
+                advantages[b, part],
+                mask[b, part],
+                config.clip_range,
+                config.kl_coef,
+                num_responses,
+            )
+            (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
+            seen.append((len(log_probs), loss.item(), *metrics.values()))
+        if most:  # without a gradient, the optimiser would still move the weights by its momentum
+            norms.append(optimizer_step(state, config))
+        learning_rate = state.scheduler.get_last_lr()[0]
+        state.scheduler.step()
+
+    seen = np.concatenate(gather(np.array(seen).reshape(-1, 4)))  # of all processes
+    responses, losses, kl, clip_fraction = seen.T
+    count = max(1, responses.sum())
+    return {
+        "loss": losses.sum() / len(firsts),
+        "kl": kl @ responses / count,
+        "clip_fraction": clip_fraction @ responses / count,
+        "grad_norm": sum(norms) / max(1, len(norms)),
+        "learning_rate": learning_rate,
+        "optimizer_step": state.optimizer_step,
+        "skipped_updates": state.bad_updates,
+    }
+
+
+def optimizer_step(state, config):
+    """Clip the gradient and take one step, unless it is NaN or infinite. Returns its norm."""
+    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # from the shards of all processes
+        norm = norm.full_tensor()
+    if torch.isfinite(norm):
         state.optimizer.step()
         state.optimizer_step += 1
-    state.skipped = 0 if np.isfinite(norm) else state.skipped + 1
+        state.bad_updates = 0
+    else:
+        state.bad_updates += 1
     state.optimizer.zero_grad()
-    return norm
+    return norm.item()
 
-# ------------------------------------------------------------------------------- around a training
-# What is loaded, checked and said before the first step, and held-out accuracy. Scoring a ladder is
-# the same pass as evaluating: sample G responses to each problem and see what share is right.
-def load_model(config: Config) -> transformers.PreTrainedModel:
-    """The checkpoint in fp32, whatever its own dtype, on the GPU, or on the CPU without one."""
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        config.model, dtype=torch.float32)
-    return model if config.cpu_offload else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-def start(config: Config) -> tuple:
-    """(output folder, processor, problems) of a run; refuses bad input before anything else."""
+# ==================================================================================================
+# The method ends here. What surrounds it: evaluation and the ladder command, the start of a run,
+# data, devices and processes, checkpoints, logs, the command line.
+# ==================================================================================================
+
+
+# ---------------------------------------------------------------------------- evaluation and ladder
+# Scoring a ladder and evaluating are one pass: sample responses to each problem and see which are
+# right. A difficulty belongs to the model that sampled, and so does a ladder.
+
+
+def response_rows(problems, rollouts, scores):
+    """One row for each problem: what it is, and its responses with all that was measured of them."""
+    scores = {**scores, "length": rollouts.mask.sum(-1)}
+    weights = scores.pop("weight").tolist()
+    rows = []
+    for b, problem in enumerate(problems):
+        row = {name: problem.get(name) for name in ("id", "question", "answer", "difficulty")}
+        row |= {"weight": weights[b], "responses": [{"text": text} for text in rollouts.texts[b]]}
+        for name, values in scores.items():
+            for response, value in zip(row["responses"], values[b].tolist()):
+                response[name] = value
+        rows.append(row)
+    return rows
+
+
+def score_problems(model, processor, problems, config, rollout=rollout, file=None):
+    """A row of `response_rows` for each problem, with its difficulty and complexity.
+
+    Each batch has a seed of its own, so that several processes sample what one would. With a file,
+    rows are kept as they come, and a run that was killed goes on with those whose model, options,
+    question, answer and pictures are the same.
+    """
+    names = "model system_prompt observe temperature num_generations max_new_tokens max_pixels seed"
+    options = "/".join(str(getattr(config, name)) for name in names.split())
+    keys = [f"{digest}/{options}" for digest in problems["digest"]]
+    known = {}
+    for log in file.parent.glob(f"{file.name}.*.jsonl") if file else ():
+        known |= {row["key"]: row for row in read_log(log)}
+    if foreign := len(known.keys() - set(keys)):
+        say(f"{file}: ignores {foreign} scores of other problems or options")
+    firsts = range(0, len(keys), config.prompts_per_step)[RANK::WORLD]
+    for first in tqdm(firsts, file and file.name or "evaluating", leave=False, disable=RANK > 0):
+        numbers = range(first, min(first + config.prompts_per_step, len(keys)))
+        numbers = [number for number in numbers if keys[number] not in known]
+        batch = read_problems(problems, numbers, config)
+        if not batch:
+            continue
+        set_seed(config.seed, first)
+        rollouts = rollout(model, processor, batch, config)
+        rows = response_rows(batch, rollouts, score_rollouts(rollouts, batch, config))
+        for row, problem in zip(rows, batch):
+            row["key"] = f"{problem['digest']}/{options}"
+            row["difficulty"] = 1 - np.mean([one["accuracy"] for one in row["responses"]])
+            row["complexity"] = np.mean([one["length"] for one in row["responses"]])
+        known |= {row["key"]: row for row in rows}
+        if file:
+            append_log(file.with_name(f"{file.name}.{RANK}.jsonl"), rows)
+    for part in gather(known):
+        known |= part
+    return [{**known[key], "row": row} for row, key in enumerate(keys) if key in known]
+
+
+def evaluate(model, processor, problems, config, rollout=rollout):
+    """Accuracy with its 95 % interval over problems, format and length; and the rows behind them."""
+    sampling = replace(config, num_generations=max(1, config.num_samples))
+    if config.num_samples == 0:
+        sampling.temperature = 0.0
+    rows = score_problems(model, processor, problems, sampling, rollout)
+    accuracy = np.array([1 - row["difficulty"] for row in rows])
+    half = 1.96 * accuracy.std() / max(1, len(rows) - 1) ** 0.5
+    result = {
+        "accuracy": accuracy.mean(),
+        "interval": [accuracy.mean() - half, accuracy.mean() + half],
+        "format": np.mean([one["format"] for row in rows for one in row["responses"]]),
+        "response_length": np.mean([row["complexity"] for row in rows]),
+        "n": len(rows),
+    }
+    return result, rows
+
+
+def evaluate_model(config):
+    """The `eval` command: writes what `evaluate` returns into eval.json and responses.jsonl."""
+    with run_folder(config) as output:
+        processor, problems = start(config, output)
+        result, rows = evaluate(load_model(config, trained=False), processor, problems, config)
+        if RANK == 0:
+            append_log(output / "responses.jsonl", rows)
+        return write_summary(output / "eval.json", result)
+
+
+def ladder(config):
+    """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json."""
+    with run_folder(config) as output:
+        processor, raw = start(config, output)
+        checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if is_readable(gold)])
+        blind = replace(config, system_prompt=PROMPTS["answer"], temperature=0.0, num_generations=1)
+        blind.model = config.clean_model or config.model
+        model = load_model(blind, trained=False)
+        rows = score_problems(model, processor, checkable, blind, file=output / "clean")
+        problems = checkable.select([row["row"] for row in rows if row["difficulty"] == 1])
+        model = load_model(config, trained=False)
+        rows = score_problems(model, processor, problems, config, file=output / "scores")
+
+        scored = problems.select([row["row"] for row in rows])
+        for name in ("difficulty", "complexity"):
+            scored = scored.remove_columns(name).add_column(name, [row[name] for row in rows])
+        kept = scored.select(select_problems(scored["difficulty"], scored["complexity"]))
+        order, stage = mix_ladder(kept["difficulty"], kept["complexity"], config.seed)
+        mixed = kept.select(order).remove_columns(["stage", "digest", "fault", "pictures"])
+        mixed = mixed.flatten_indices().add_column("stage", stage)
+        never = [row for row in rows if row["difficulty"] == 1]  # perhaps the answer is wrong
+        for row in never:
+            answers = [rewards.extract_answer(one["text"]) for one in row["responses"]]
+            row["commonest"] = max(answers, key=answers.count)
+        if RANK == 0:
+            mixed.to_parquet(output / "ladder.parquet")
+            append_log(output / "never_solved.jsonl", never)
+        level = np.rint(np.array(mixed["difficulty"]) * 8).astype(int)
+        summary = {
+            "raw": len(raw),
+            "uncheckable": len(raw) - len(checkable),
+            "solved_without_reasoning": len(checkable) - len(problems),
+            "not_selected": len(problems) - len(mixed),
+            "ladder": len(mixed),
+            "never_solved": len(never),
+            "levels": np.bincount(level, minlength=9).tolist(),
+            "stages": np.bincount(stage, minlength=9).tolist(),
+        }
+        return write_summary(output / "summary.json", summary)
+
+
+# ---------------------------------------------------------------------------------- start of a run
+
+
+def start(config, output):
+    """(processor, problems) of a run; refuses bad input before a model is loaded."""
     if not config.data:
-        raise ValueError("--data is missing: hub id, folder, .jsonl, .json, .csv or .parquet file")
-    transformers.set_seed(config.seed)
-    join_processes()
+        raise ValueError("--data is missing: a file, a folder or a hub id")
+    device = pick_device(config)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    if not torch.distributed.is_initialized():
+        how = {"timeout": timedelta(days=1)}  # processes may end a long evaluation hours apart
+        if "RANK" not in os.environ:
+            how |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(**how)
+    if config.deterministic or device.type == "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     kind = transformers.AutoConfig.from_pretrained(config.model).model_type
     if kind != "qwen2_5_vl":
         raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
-    problems = load_problems(config.data, config.split, prompt_check(processor, config))
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    gather(None)  # by now all have read what an earlier run left there
+    problems = load_problems(config.data, config.split, config, processor, output / "data")
     if RANK == 0:
         (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    return output, processor, problems
+    return processor, problems
 
-def prepare(config: Config, rollout=rollout) -> SimpleNamespace:
-    """All that training holds and changes; says what is going to happen."""
+
+def load_model(config, trained=True):
+    """The checkpoint on its device: weights to be trained in fp32, others in compute_dtype."""
+    device = pick_device(config)
+    dtype = torch.float32 if trained else compute_dtype(device)
+    model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    model = model_class.from_pretrained(config.model, dtype=dtype)
+    return model if config.cpu_offload else model.to(device)
+
+
+def add_adapters(model, config):
+    """peft's view of the model, in which only LoRA adapters (fp32) train."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("--lora_rank needs peft: pip install peft") from error
+    rank, frozen = config.lora_rank, ".*visual.*" if config.freeze_vision else None
+    lora = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=frozen
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def prepare(config, output, rollout):
+    """Everything that training needs; says what is going to happen."""
     check_options(config)
-    folder = last_checkpoint(config)
-    output, processor, problems = start(config)
-    held_out = config.eval_data and load_problems(
-        config.eval_data, check=prompt_check(processor, config))
-    order, size = training_order(problems, config), config.prompts_per_step
-    steps = [rows.tolist() for rows in np.array_split(order, -(-len(order) // size))]
-    model = shard(load_model(replace(config, model=str(folder or config.model))), config)
-    reference = None
-    if config.kl_coef:
-        reference = shard(load_model(config).eval().requires_grad_(False), config)
+    processor, problems = start(config, output)
+    held_out = None
+    if config.eval_data:
+        folder = output / "eval_data"
+        held_out = load_problems(config.eval_data, config.eval_split, config, processor, folder)
+        if common := set(held_out["digest"]) & set(problems["digest"]):
+            say(f"warning: {len(common)} held-out problems are training problems as well")
+    order = training_order(problems, config)
+    steps = np.array_split(order, math.ceil(len(order) / config.prompts_per_step))
+
+    model = load_model(config, trained=not config.lora_rank)
     model.model.visual.requires_grad_(not config.freeze_vision)
+    adapters = add_adapters(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    policy, reference = shard(Policy(model), config), None
+    if config.kl_coef and not adapters:
+        reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
-    updates = sum(-(-len(step) // config.minibatch_prompts) for step in steps)
-    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1)
-    weights, learned = (sum(p.numel() for p in some) for some in (model.parameters(), trained))
-    memory = 4e-9 * (weights + 3 * learned + weights * bool(reference)) / WORLD
-    gpu = torch.cuda.is_available()
+    for parameter in trained:  # made now, so that no checkpoint lacks a moment
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
+    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
+    )
+    steps = [step.tolist() for step in steps]
+    state = TrainState(
+        policy, reference, adapters, processor, problems, held_out, steps, optimizer, scheduler
+    )
+    say(
+        f"{sum(p.numel() for p in trained):,} trained weights on {WORLD} x {model.device.type}, "
+        f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {config.order} "
+        f"order: {len(steps)} steps x {len(steps[0])} prompts x {config.num_generations} "
+        f"responses, {updates} optimiser steps"
+    )
+    if config.resume:
+        restore(state, output, config)
     if RANK == 0:
-        print(f"{config.model} on {WORLD} x {'GPU' if gpu else 'CPU'}: {weights:,} parameters, "
-              f"{learned:,} trained\n{memory:.3g} GB each of fp32 weights, gradients, moments; "
-              f"{'bf16' if gpu else 'fp32'} activations on top\n{len(problems)} problems, "
-              f"{len(order)} in {config.order} order: {len(steps)} steps x {len(steps[0])} prompts "
-              f"x {config.num_generations} responses, {updates} optimiser steps")
-    state = SimpleNamespace(
-        model=model, reference=reference, processor=processor, problems=problems, held_out=held_out,
-        optimizer=optimizer, scheduler=scheduler, steps=steps, step=0, optimizer_step=0, skipped=0,
-        stop=False, before={}, identity=identity(config, problems))
-    if folder:
-        restore(state, folder)
-    if RANK == 0:
-        cut_logs(output, state.step)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):  # without what came after the checkpoint
+            rows = [row for row in read_log(output / name) if row["step"] <= state.step]
+            (output / name).unlink(missing_ok=True)
+            append_log(output / name, rows)
     state.before = state.before or measure(state, config, rollout)
-    stop_on_signals(state)
     return state
 
-def score_problems(model, processor, problems, config: Config, rollout=rollout, file=None) -> list:
-    """A row a problem: responses, rewards and lengths [G], difficulty (share wrong), complexity.
 
-    With a file, rows are kept in it as they come, and a run that was killed goes on after its last
-    whole batch: each batch has a seed of its own. Under torchrun each process takes a share.
-    """
-    share, size, rows = problems.shard(WORLD, RANK), config.prompts_per_step, []
-    if file:
-        file = file.with_suffix(f".{RANK}.jsonl" if WORLD > 1 else ".jsonl")
-        rows = read_log(file, lambda old: len(old) - len(old) % size * (len(old) < len(share)))
-    progress = tqdm(desc=file.stem if file else "evaluating", initial=len(rows), total=len(share),
-                    leave=False, disable=RANK > 0)
-    with gathered(model), progress:
-        for first in range(len(rows), len(share), size):
-            torch.manual_seed(hash((config.seed, first, RANK)) % 2**32)
-            batch = list(share.select(range(first, min(first + size, len(share)))))
-            rollouts = rollout(model, processor, batch, config)
-            scores = score_rollouts(rollouts, batch, config) | {"length": rollouts.mask.sum(-1)}
-            for i, (problem, texts) in enumerate(zip(batch, rollouts.texts)):
-                row = {name: scores[name][i].tolist() for name in ("accuracy", "format", "length")}
-                rows.append({"id": problem["id"], "answer": problem["answer"], "responses": texts,
-                             **row, "difficulty": 1 - float(np.mean(row["accuracy"])),
-                             "complexity": float(np.mean(row["length"]))})
-            if file:
-                append_log(file, rows[first:])
-            progress.update(len(batch))
-    return sum(gather(rows), [])
+@contextmanager
+def reference_policy(state):
+    """The policy before training: a copy of it, or the policy with its adapters off."""
+    policy = state.reference or state.policy
+    adapters_off = state.adapters.disable_adapter() if state.adapters else nullcontext()
+    with gathered(policy), adapters_off:
+        yield policy
 
-def evaluate(model, processor, problems, config: Config, rollout=rollout) -> tuple[dict, list]:
-    """Accuracy, its 95 % interval over problems, by category, format, length; and the rows."""
-    rows = score_problems(model, processor, problems, config, rollout)
-    accuracy, form, length = (np.array([np.mean(row[name]) for row in rows])
-                              for name in ("accuracy", "format", "length"))
-    half = 1.96 * accuracy.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
-    category = np.array(problems["category"])
-    return {"accuracy": accuracy.mean(), "format": form.mean(), "n": len(rows),
-            "interval": [accuracy.mean() - half, accuracy.mean() + half],
-            "response_length": length.mean(),
-            "categories": {name: [accuracy[category == name].mean(), int(sum(category == name))]
-                           for name in sorted(set(category) - {""})}}, rows
 
-def measure(state, config: Config, rollout=rollout) -> dict:
-    """`evaluate` on the held-out problems: --num_samples responses each, always the same seed."""
-    if not state.held_out:
+def measure(state, config, rollout):
+    """`evaluate` on the held-out problems, always with the same seeds; empty without them."""
+    if state.held_out is None:
         return {}
-    samples = max(1, config.num_samples)
-    size = max(1, config.prompts_per_step * config.num_generations // samples)
-    sampling = replace(config, num_generations=samples, prompts_per_step=size)
-    return evaluate(state.model, state.processor, state.held_out, sampling, rollout)[0]
+    with gathered(state.policy):
+        model = state.policy.model
+        return evaluate(model, state.processor, state.held_out, config, rollout)[0]
 
-# ------------------------------------------------------------------------------- ladder and eval
-# d = 1 - correct / 8 is the difficulty for the model that sampled: a ladder belongs to its model.
-def ladder(config: Config) -> dict:
-    """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json.
 
-    Writes ladder.parquet (in order), review.parquet (never solved: the gold may be wrong) and, as
-    they come, clean.jsonl and scores.jsonl, from which a run that was killed goes on.
+# -------------------------------------------------------------------------------------------- data
+# One schema: `images` or `image`, `question` or `problem`, `answer` or `solution`, optionally id,
+# category and the three columns of a ladder. tools/convert.py turns other layouts into it.
+
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+LADDER = ("difficulty", "complexity", "stage")
+OURS = {"images", "image", "question", "problem", "answer", "solution", "id", "category"}
+SUSPECT = re.compile("ima?ge?|pic|photo|video|option|choice", re.IGNORECASE)
+CONVERT = "`python tools/convert.py` reads other layouts"
+UNUSABLE = (ValueError, TypeError, KeyError, OSError, SyntaxError, Image.DecompressionBombError)
+
+
+def read_table(source, split, subset, folder):
+    """The rows of a file, a folder or a hub data set, with pictures undecoded."""
+    path = Path(source)
+    reader = READERS.get(path.suffix.lower())
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir()
+    if not path.exists() and (reader or not is_hub_id):
+        raise ValueError(f"{source}: there is no such file or folder")
+    if path.is_file() and not reader:
+        raise ValueError(f"{source}: none of {', '.join(READERS)}; {CONVERT}")
+    file = glob.escape(source) if path.is_file() else None  # brackets in its name are no pattern
+    how = {"split": split, "data_files": file, "cache_dir": folder}
+    try:
+        table = datasets.load_dataset(reader if file else source, subset or None, **how)
+    except Exception as error:  # whatever the library meets in a file that is not ours
+        raise ValueError(f"{source}: cannot be read: {error.__cause__ or error}") from error
+    undecoded = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, undecoded)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(undecoded))
+    return table
+
+
+def load_problems(source, split="train", config=None, processor=None, folder=None):
+    """A datasets.Dataset: id, images, question, answer, category, a ladder's columns, and digest.
+
+    ValueError names what cannot be used: columns, or rows with a missing picture, marks without
+    pictures, an empty question or answer, and, with a processor, prompts that are too long. Headers
+    of pictures are read here, pixels later. The rows are written to `folder`, by one process.
     """
-    before = time.time()
-    file, later = Path(config.output_dir) / "config.json", {"drop_easy", "drop_hardest", "review"}
-    old, new = json.loads(file.read_text()) if file.exists() else {}, asdict(config)
-    if changed := [f"--{k}" for k in old if k not in later and old[k] != new.get(k)]:
-        raise ValueError(f"{file.parent} holds scores of other {changed}: use another --output_dir")
-    output, processor, raw = start(config)
-    raw = raw.select_columns(["id", "images", "question", "answer", "category"])  # no old scores
-    checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if answers_match(gold, gold)])
-    blind = replace(config, model=config.clean_model or config.model, temperature=0.0,
-                    system_prompt=PROMPTS["answer"], num_generations=1)  # needs no reasoning: drop
-    rows = score_problems(load_model(blind), processor, checkable, blind, file=output / "clean")
-    problems = checkable.select([i for i, row in enumerate(rows) if row["difficulty"] == 1])
-    rows = score_problems(load_model(config), processor, problems, config, file=output / "scores")
-    if RANK:
-        return {}  # the first process writes the rest
-    scores = {name: [row[name] for row in rows] for name in ("difficulty", "complexity")}
-    write_review(output / "review.parquet", problems, rows)
-    kept = select_problems(*scores.values(), config.drop_easy, config.drop_hardest)
-    if config.review:
-        marks = datasets.Dataset.from_parquet(config.review).select_columns(["id", "keep"])
-        refused = {row["id"] for row in marks if not row["keep"]}
-        kept = [i for i in kept if rows[i]["id"] not in refused]
-    difficulty, complexity = ([values[i] for i in kept] for values in scores.values())
-    order, stage = mix_ladder(difficulty, complexity, config.seed)
-    mixed = problems.select([kept[i] for i in order]).add_column("stage", stage)
-    for name, values in scores.items():
-        mixed = mixed.add_column(name, [values[kept[i]] for i in order])
-    mixed.to_parquet(output / "ladder.parquet")
-    counts, _, ends = np.histogram2d(
-        difficulty, complexity, (9, 5), ((-1 / 16, 17 / 16), (0, max(complexity, default=1))))
-    print("difficulty  problems by length up to" + "".join(f"{end:6.0f}" for end in ends[1:]))
-    for level, row in enumerate(counts):
-        print(f"{level / 8:10.3f}" + " " * 26 + "".join(f"{count:6.0f}" for count in row))
-    summary = {"raw": len(raw), "uncheckable": len(raw) - len(checkable),
-               "solved_without_reasoning": len(checkable) - len(problems),
-               "not_selected": len(problems) - len(kept), "ladder": len(kept),
-               "levels": counts.sum(1).astype(int).tolist(),
-               "stages": np.bincount(stage, minlength=9).tolist(),
-               "seconds": round(time.time() - before, 1)}
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(json.dumps(summary))
-    return summary
-
-def evaluate_model(config: Config) -> dict:
-    """`eval`: writes what `evaluate` returns into eval.json and responses.jsonl."""
-    before, (output, processor, problems) = time.time(), start(config)
-    sampling = replace(config, num_generations=max(1, config.num_samples),
-                       temperature=config.temperature if config.num_samples else 0.0)
-    result, rows = evaluate(load_model(config), processor, problems, sampling)
-    result["seconds"] = round(time.time() - before, 1)
+    config = config or Config()
+    scratch = tempfile.TemporaryDirectory()
+    file = Path(folder or scratch.name) / "problems.arrow"
     if RANK == 0:
-        (output / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (output / "eval.json").write_text(json.dumps(result, indent=1))
-        print(json.dumps(result, indent=1))
-    return result
+        table = read_table(source, split, config.subset, scratch.name)
+        names = set(table.column_names)
+        used = OURS | set(LADDER) if names >= set(LADDER) else OURS
+        for one, other in (("question", "problem"), ("answer", "solution")):
+            if not names & {one, other}:
+                raise ValueError(f"{source}: no column {one!r} among {sorted(names)}; {CONVERT}")
+        if suspect := [name for name in names - used if SUSPECT.search(name)]:
+            raise ValueError(f"{source}: columns {suspect} would be ignored; {CONVERT}")
+        if ignored := sorted(names - used):
+            say(f"{source}: ignores the columns {', '.join(ignored)}")
+        path = Path(source)
+        how = {"config": config, "processor": processor, "ladder": used >= set(LADDER)}
+        how["folder"] = path.parent if path.is_file() else path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        features = dict.fromkeys(
+            ("id", "question", "answer", "category", "digest", "fault"), datasets.Value("string")
+        )
+        features |= dict.fromkeys(LADDER, datasets.Value("float64"))
+        features |= {"images": datasets.List(datasets.Image()), "pictures": datasets.Value("int64")}
+        table.map(
+            read_row,
+            with_indices=True,
+            fn_kwargs=how,
+            remove_columns=list(names),
+            features=datasets.Features(features),
+            cache_file_name=str(file),
+            load_from_cache_file=False,
+            num_proc=os.cpu_count() if config.check else None,
+        )
+    gather(None)  # the others wait for the file
+    problems = datasets.Dataset.from_file(str(file))
+    faults = problems["fault"][:]
+    report_faults(source, [fault for fault in faults if fault], config)
+    problems = problems.select([row for row, fault in enumerate(faults) if not fault])
+    if not len(problems):
+        raise ValueError(f"{source}: holds no problems")
+    say(f"{source}: {len(problems)} problems with {sum(problems['pictures'])} pictures")
+    unreadable = [gold for gold in problems["answer"] if not is_readable(gold)]
+    if unreadable:
+        say(f"  {len(unreadable)} answers can never be matched, for example {unreadable[0]!r}")
+    return problems
+
+
+def read_row(row, number, folder, ladder, config, processor):
+    """One row in our columns. `fault` says why it cannot be used, if it cannot."""
+    name = row.get("id")
+    problem = {
+        "id": str(number if name is None else name),
+        "fault": "",
+        "pictures": 0,
+        "images": [],
+    }
+    problem["category"] = str(row.get("category") or "")
+    problem["question"] = str(row.get("question") or row.get("problem") or "")
+    gold = row.get("answer", row.get("solution"))
+    problem["answer"] = "" if gold is None else str(gold).strip()
+    digest = hashlib.sha256(f"{problem['question']}\0{problem['answer']}".encode())
+    problem |= {name: row[name] if ladder else None for name in LADDER}
+    try:
+        if row.get("images") and row.get("image"):
+            raise ValueError("both `image` and `images` hold pictures")
+        pictures = row.get("images") or row.get("image") or []
+        opened = []
+        for picture in pictures if isinstance(pictures, list) else [pictures]:
+            if isinstance(picture, str):
+                picture = {"path": picture}
+            content = picture.get("bytes") or (folder / picture["path"]).read_bytes()
+            opened.append(Image.open(io.BytesIO(content)))  # reads the header alone
+            if config.check:
+                opened[-1].load()
+            problem["images"].append({"bytes": content, "path": None})
+            digest.update(content)
+        check_problem({**problem, "images": opened}, config, processor)
+    except UNUSABLE as error:
+        fault = f"row {number} (id {problem['id']}): {str(error)[:300]}"
+        problem |= {"fault": fault, "images": []}
+    return problem | {"digest": digest.hexdigest(), "pictures": len(problem["images"])}
+
+
+def is_readable(gold):
+    """Whether the checker can match this answer at all."""
+    return rewards.answers_match(gold, gold)
+
+
+def check_problem(problem, config, processor):
+    """ValueError for a problem that would train silently wrong; pictures need not be decoded."""
+    question, gold, pictures = problem["question"], problem["answer"], problem["images"]
+    if not question.strip() or not gold:
+        raise ValueError("the question or the answer is empty")
+    if re.search(r"</?answer>|\\boxed|####|^\[['\"]", gold):
+        raise ValueError(f"the answer {gold[:60]!r} holds more than an answer; {CONVERT}")
+    marks = question.count(MARK)
+    if marks not in (0, len(pictures)):
+        raise ValueError(f"{marks} marks {MARK} in the question for {len(pictures)} pictures")
+    if problem["difficulty"] is not None and not 0 <= problem["difficulty"] <= 1:
+        raise ValueError(f"difficulty {problem['difficulty']} is no share from 0 to 1")
+    if not processor:
+        return
+    tokens = processor.tokenizer.added_tokens_decoder.values()
+    if found := [str(token) for token in tokens if token.special and str(token) in question]:
+        raise ValueError(f"the question holds the control tokens {found}")
+    length = prompt_length(problem, processor, config)
+    if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
+        raise ValueError(
+            f"the prompt has {length} tokens, --max_prompt_tokens is {config.max_prompt_tokens}; "
+            "a smaller --max_pixels makes it shorter"
+        )
+
+
+def report_faults(source, faults, config):
+    """ValueError that lists the rows that cannot be used; with --skip_bad they are only shown."""
+    text = f"{source}: {len(faults)} rows cannot be used:\n  " + "\n  ".join(faults[:20])
+    if faults and not config.skip_bad:
+        raise ValueError(f"{text}\n--skip_bad true leaves them out")
+    if faults:
+        say(text)
+
+
+def read_problems(problems, rows, config):
+    """Rows as dictionaries with decoded pictures. A damaged picture is named, or left out."""
+    read, faults = [], []
+    for row in rows:
+        try:
+            read.append(problems[row])
+        except UNUSABLE as error:
+            faults.append(f"row {row} (id {problems['id'][row]}): {error}")
+    report_faults(config.data, faults, config)
+    return read
+
+
+def eight_bit(image):
+    """A picture that qwen-vl-utils shows right: 16 bits scaled down, transparency made explicit."""
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value / 257).convert("L")
+    return image.convert("RGBA") if image.has_transparency_data else image
+
+
+# --------------------------------------------------------------------------- devices and processes
+# Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of weights,
+# gradients and moments (FSDP2). One process runs the same code with WORLD = 1.
+
+RANK, WORLD = (
+    int(os.environ.get("RANK", "0")),
+    int(os.environ.get("WORLD_SIZE", "1")),
+)  # by torchrun
+
+
+def say(text):
+    """Print once, not once per process."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks, on each of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def set_seed(*numbers):
+    """Seed all random generators."""
+    transformers.set_seed(hash(numbers) % 2**32)
+
+
+def pick_device(config):
+    """--device, else this process's accelerator, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind = config.device or (found.type if found else "cpu")
+    return torch.device(kind, 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def compute_dtype(device):
+    """bf16 where the device has it, else fp32: fp16 would need a scaler, and its range is small."""
+    has_bf16 = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return torch.bfloat16 if has_bf16 and has_bf16(including_emulation=False) else torch.float32
+
+
+def autocast(model):
+    """Arithmetic in compute_dtype. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
+    dtype = compute_dtype(model.device)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def cache_bytes(model):
+    """Bytes of the keys and values of one token in all layers."""
+    text = model.config.get_text_config()
+    head_size = text.hidden_size // text.num_attention_heads
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
+    return numbers * compute_dtype(model.device).itemsize
+
+
+def shard(policy, config):
+    """Share the weights out over the processes, or into host memory with --cpu_offload."""
+    if WORLD == 1 and not config.cpu_offload:
+        return policy
+    options = {}
+    if compute_dtype(pick_device(config)) == torch.bfloat16:
+        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if config.cpu_offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    for part in (*policy.model.model.language_model.layers, policy):
+        fsdp.fully_shard(part, **options)
+    policy()  # FSDP takes the first module that runs for its root, and a rollout runs a layer
+    policy.reshard()  # the optimiser must be given the shards
+    return policy
+
+
+@contextmanager
+def gathered(policy):
+    """Inside, each process has all weights, so that it can sample as many tokens as it likes."""
+    parts = [part for part in policy.modules() if isinstance(part, fsdp.FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+# A checkpoint holds what is trained, its moments and the position in the run. Random states are no
+# part of it: each step seeds its own.
+
+RESULTS = (
+    "metrics.jsonl",
+    "responses.jsonl",
+    "never_solved.jsonl",
+    "summary.json",
+    "rollouts.jsonl",
+)
+MAY_CHANGE = (
+    "resume",
+    "overwrite",
+    "config",
+    "output_dir",
+    "save_steps",
+    "keep_checkpoints",
+    "eval_steps",
+)
+PROGRESS = ("step", "optimizer_step", "bad_updates", "before")
+TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)
+
+
+def identity(state, config):
+    """What must be the same when a run goes on: the options and the content of the data."""
+    options = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    content = hashlib.sha256("".join(state.problems["digest"]).encode())
+    return options | {"data": content.hexdigest()}
+
+
+def tensors_of(state):
+    """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
+    model, optimizer = sharded.get_state_dict(state.policy, state.optimizer, options=TRAINED)
+    return {"model": model, "optimizer": optimizer}
+
+
+def save_checkpoint(state, output, config):
+    """Write checkpoint-N. Its file .metadata comes last and says that the rest is whole."""
+    folder = output / f"checkpoint-{state.step}"
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        progress = {name: getattr(state, name) for name in PROGRESS}
+        progress |= {"scheduler": state.scheduler.state_dict(), "identity": identity(state, config)}
+        (folder / "state.json").write_text(json.dumps(progress))
+    gather(None)  # the others wait for the folder
+    sharded_files.save(tensors_of(state), checkpoint_id=folder)
+    if RANK == 0:
+        rotate_checkpoints(output, config.keep_checkpoints)
+
+
+def restore(state, output, config):
+    """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
+    for folder in map(Path, reversed(sort_checkpoints(output))):
+        tensors = tensors_of(state)
+        try:
+            saved = json.loads((folder / "state.json").read_text())
+            sharded_files.load(tensors, checkpoint_id=folder)
+        except (OSError, ValueError, sharded_files.api.CheckpointException) as error:
+            say(f"warning: {folder} is damaged and passed over: {error}")
+            continue
+        old, new = saved["identity"], identity(state, config)
+        if changed := [f"--{name}" for name in new if new[name] != old.get(name)]:
+            raise ValueError(
+                f"{folder} cannot go on: {', '.join(changed)} (or the content of the file) changed "
+                "since; put it back, or name another --output_dir"
+            )
+        sharded.set_state_dict(
+            state.policy,
+            state.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+            options=TRAINED,
+        )
+        state.scheduler.load_state_dict(saved["scheduler"])
+        for name in PROGRESS:
+            setattr(state, name, saved[name])
+        return say(f"goes on after step {state.step}, from {folder}")
+    say(f"{output} holds no whole checkpoint: starts from the beginning")
+
+
+def save_final(state, folder, config):
+    """Write a folder that from_pretrained and AutoProcessor load, with adapters merged."""
+    options = replace(TRAINED, full_state_dict=True, cpu_offload=True)
+    weights = sharded.get_model_state_dict(state.policy, options=options)
+    if RANK:
+        return
+    model = load_model(replace(config, device="cpu"), trained=False)
+    model = model.to(getattr(torch, config.save_dtype))
+    adapters = add_adapters(model, config) if config.lora_rank else None
+    Policy(model).load_state_dict(weights, strict=False)
+    if adapters:
+        adapters.save_pretrained(folder / "adapter")
+        model = adapters.merge_and_unload()
+    model.save_pretrained(folder)
+    state.processor.save_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------- logs and signals
+
+
+@contextmanager
+def run_folder(config):
+    """The output folder, locked. A run that it holds goes on, is replaced, or stays as it is."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output / f".lock{RANK}", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise ValueError(f"{output} is in use by another run") from error
+    with lock:
+        found = [output / name for name in RESULTS if (output / name).exists()]
+        found += map(Path, sort_checkpoints(output))
+        if found and RANK == 0 and not config.resume:
+            if not config.overwrite:
+                raise ValueError(
+                    f"{output} holds a run: --resume true goes on with it, --overwrite true "
+                    "replaces it, another --output_dir keeps it"
+                )
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield output
+
+
+def stop_on_signals():
+    """An empty list that Ctrl-C or SIGTERM fills: finish the step, save, leave. Twice: at once."""
+    received = []
+
+    def note(*signal_and_frame):
+        received.append(signal_and_frame)
+        end_on_signals()
+
+    end_on_signals(note)
+    return received
+
+
+def end_on_signals(handler=signal.default_int_handler):
+    """Let Ctrl-C and SIGTERM call the handler; the default one raises KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def read_log(file):
+    """The rows of a .jsonl file, none if there is no file; a kill may have left half a line."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append_log(file, rows):
+    """Add rows to a .jsonl file."""
+    with open(file, "a") as log:
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_summary(file, content):
+    """Write and print the result of a command."""
+    if RANK == 0:
+        file.write_text(json.dumps(content, indent=1))
+    say(json.dumps(content))
+    return content
+
+
+def data_uri(image):
+    """A small PNG of a picture as text, for an HTML page."""
+    image = image.convert("RGB")
+    image.thumbnail((256, 256))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def log_step(progress, output, state, problems, rollouts, scores, advantages, metrics, config):
+    """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
+    rows = response_rows(problems, rollouts, {**scores, "advantage": advantages})
+    all_rows = [row for part in gather(rows) for row in part]
+    if RANK:
+        return
+    responses = [one for row in all_rows for one in row["responses"]]
+    means = {
+        name: np.mean([one[name] for one in responses]) for name in responses[0] if name != "text"
+    }
+    length = means.pop("length")
+    cut = [one["length"] >= config.max_new_tokens for one in responses]
+    skipped = [not any(one["advantage"] for one in row["responses"]) for row in all_rows]
+    weights = [row["weight"] for row in all_rows]
+    metrics = {
+        "step": state.step,
+        "total_steps": len(state.steps),
+        **means,
+        "response_length": length,
+        "truncated_fraction": np.mean(cut),
+        "weight": np.mean(weights),
+        "zero_weight_fraction": np.mean([weight == 0 for weight in weights]),
+        "skipped_fraction": np.mean(skipped),
+        "difficulty": np.mean([row["difficulty"] or 0 for row in all_rows]),
+        **metrics,
+    }
+    append_log(output / "metrics.jsonl", [metrics])
+    order = sorted(range(len(rows)), key=lambda b: -rows[b]["weight"])  # those that teach, first
+    for b in order if state.bad_updates else order[:2]:
+        rows[b]["pictures"] = [data_uri(image) for image in problems[b]["images"]]
+        append_log(output / "rollouts.jsonl", [{"step": state.step, **rows[b]}])
+    progress.update()
+    line = "step {step}  reward {reward:.3f}  accuracy {accuracy:.3f}  format {format:.3f} of 0.5  "
+    line += "length {response_length:.0f}  clipped {clip_fraction:.3f}  kl {kl:.2g}"
+    progress.write(line.format(**metrics))
+    if "eval_accuracy" in metrics:
+        progress.write(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
+    if state.bad_updates >= 3:
+        raise ValueError(
+            f"three updates in a row had NaN or infinite gradients, the last in step {state.step}; "
+            f"its responses end {output}/rollouts.jsonl"
+        )
+
 
 # ------------------------------------------------------------------------------------ command line
-# Defaults < --config FILE < options given.
+
 COMMANDS = {"train": train, "ladder": ladder, "eval": evaluate_model}
 TOY = Path(__file__).resolve().parent / "toy" / "config.json"
 
-def parse_arguments(arguments: list[str]) -> tuple[str, Config]:
-    """Command and Config; no arguments at all train the toy."""
+
+def check_options(config):
+    """ValueError for options of `train` that contradict each other, with the arithmetic."""
+    c = config
+    left_over = c.prompts_per_step % c.minibatch_prompts
+    for wrong, why in (
+        (c.num_generations < 2, "--num_generations 1: a response is compared with its group"),
+        (c.temperature == 0, "--temperature 0 makes all responses of a group equal"),
+        (
+            left_over,
+            f"--prompts_per_step {c.prompts_per_step} is no multiple of --minibatch_prompts {c.minibatch_prompts}",
+        ),
+        (
+            c.prompts_per_step < WORLD,
+            f"--prompts_per_step {c.prompts_per_step} for {WORLD} processes",
+        ),
+        (c.min_pixels > c.max_pixels, f"--min_pixels {c.min_pixels} > --max_pixels {c.max_pixels}"),
+        (
+            c.bonus and c.min_length >= c.max_new_tokens,
+            f"--min_length {c.min_length} >= --max_new_tokens {c.max_new_tokens}: no response can get the bonus (--bonus 0)",
+        ),
+        (c.eval_steps and not c.eval_data, "--eval_steps needs --eval_data"),
+    ):
+        if wrong:
+            raise ValueError(why)
+
+
+def parse_arguments(arguments):
+    """(command, Config); no arguments at all train the toy."""
     command, *options = arguments or ["train", "--config", str(TOY)]
     if command not in COMMANDS:
         raise ValueError(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
-    parser = transformers.HfArgumentParser(Config, prog=f"observe_r1.py {command}")
+    title = f"observe_r1.py {command}"
+    parser = transformers.HfArgumentParser(Config, prog=title, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for action in parser._actions:
+        action.help = comments.get(action.dest, action.help)
     (config,) = parser.parse_args_into_dataclasses(options)
     if config.config:
         (base,) = parser.parse_json_file(config.config)  # refuses options that do not exist
         for name in ("model", "data", "eval_data"):  # a path may start at the file's own folder
-            own = Path(config.config).parent / getattr(base, name)
-            if getattr(base, name) and own.exists():
-                setattr(base, name, str(own))
+            path = Path(config.config).parent / getattr(base, name)
+            if getattr(base, name) and path.exists():
+                setattr(base, name, str(path))
         parser.set_defaults(**asdict(base))  # options that were given win over these
         (config,) = parser.parse_args_into_dataclasses(options)
+    config.output_dir = config.output_dir or f"runs/{command}"
     return command, config
 
-def main() -> None:
-    """Run one command; what a user can mend ends in one line instead of a traceback."""
+
+def main():
+    """Run one command; a mistake that a user can mend ends in one line instead of a traceback."""
+    end_on_signals()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     try:
         command, config = parse_arguments(sys.argv[1:])
         COMMANDS[command](config)
+    except KeyboardInterrupt:
+        raise SystemExit("observe_r1: stopped; what was written so far is kept") from None
     except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"observe_r1: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"observe_r1: {error}\nWhat helps, the most effective first: a smaller "
-                         "--token_budget, --max_pixels, --cache_gb") from error
+        raise SystemExit(
+            f"observe_r1: {error}\nWhat helps, the most effective first: --lora_rank 64, a smaller "
+            "--token_budget, --max_pixels, --cache_gb"
+        ) from error
+
 
 if __name__ == "__main__":
     main()
