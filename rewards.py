@@ -1,30 +1,108 @@
-r"""The rewards of Observe-R1 (arXiv 2505.12432), safe for anything a policy writes.
+r"""The rewards of Observe-R1 (arXiv 2505.12432): accuracy, format and bonus, and the dynamic weight.
 
-What `answers_match` reads, tried from top to bottom; what no row reads is text:
+The rewards come first. Below them stands the checker behind `accuracy_reward`: a small language of
+answers with a table of spellings, a parser and a comparison. What `answers_match` reads:
 
-    choice      B   (b)   **B**   B. 12 cm   The correct answer is (B).     two letters are wrong
-    list        (2, 3)   [1, 2)   {2, 1}   3 and -3   \pm 3     sets and bare lists in any order
-    relation    x = 5   180 - 45 = 135   x \geq 5   5 <= x   2x - y + 1 = 0
+    choice      B   (b)   **B**   B. 12 cm   B, because ...   The answer is (B).   one letter only
+    number      1,345   1{,}000   .5   1 1/2   1\frac12   1.2e3   3 million   two thirds
+    quantity    12 cm^2   60km/h   50%   60^\circ   $5   2 hours 40 minutes   3:15 PM   12 apples
+    expression  + - * / ^ ( ) | |   \frac ab   \sqrt[3]{8}   2\sqrt3   4\pi(5)^2   \sin^2 x   x_1
+    equation    x = 5   180 - 45 = 135   \sqrt7 \approx 2.646   y = 2x + 1   2x - y + 1 = 0
+    inequality  x \geq 5   5 <= x   1 < x < 3   x \in [1,3)
+    list        (2, 3)   [1, 2)   {2, 1}   3 and -3   1 \pm \sqrt2   (1,2) \cup (3,4)   \begin{pmatrix}
     ratio       1:2   12:00     part by part
-    quantity    1,345   1 1/2   50%   60^\circ   12 cm   9\pi cm^2     one unit may be missing
-    expression  + - * / ^ ( ) { } | |   \frac{1}{2}   \sqrt[3]{8}   2\sqrt{3}   \tan 45^\circ   x_1
-    text        case, articles and outer punctuation do not count; "Yes, it is" is yes
+    range       16-20   16 to 20     never a subtraction
+    text        what no other row reads: case, articles and outer punctuation do not count
 
-Numbers are exact fractions where they can be; a decimal of three or more digits also matches what
-rounds to it (3.14 and \pi). 3(4) is 12, 3 4 is nothing. Expressions are equal if they agree at
-fixed points. A walk over the tree of Python's parser computes them; nothing is evaluated.
+Values are exact fractions where they can be. Expressions with letters are equal if they agree at
+fixed points. One side may leave out the unit; two units match if they convert exactly (1 m, 100 cm).
+A gold with n decimals is matched by what rounds to it there: 3.14 by \pi, not by 3.1. For an exact
+gold a decimal needs three digits. Whatever is unclear scores 0: a missed reward slows learning, a
+false one teaches. Not read, so only equal to their own text: factorials, sums over an index, complex
+values of letters such as i^2, relations inside brackets, repeating decimals.
 """
 
-import ast
 import functools
 import math
+import operator
+import random
 import re
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
-from operator import add, mul, sub, truediv
 
-MAX_LENGTH = 400  # longer answers are compared as text only
+
+def format_reward(response: str, observe: bool = True) -> float:
+    """The paper's format reward: 0.5 if the blocks stand as asked, else 0.0. Linear time.
+
+    Asked are observe, think and answer, in this order with only white space between them, or
+    observe inside think. Each tag stands once, no block is blank, text around the whole is
+    tolerated. observe=False asks for think and answer alone.
+
+    >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
+    0.5
+    """
+    names = ("observe", "think", "answer") if observe else ("think", "answer")
+    pieces = re.split(f"(</?(?:{'|'.join(names)})>)", response)
+    pieces[-1] = ""  # what follows the last tag does not count
+    shape = ""  # the tags, and an x for each text between them
+    for tag, text in zip(pieces[1::2], pieces[2::2]):
+        shape += tag + "x" * bool(text.strip())
+    in_a_row = "".join(f"<{name}>x</{name}>" for name in names)
+    shapes = (
+        in_a_row,
+        "<think>x<observe>x</observe></think><answer>x</answer>",
+        "<think><observe>x</observe>x</think><answer>x</answer>",
+        "<think>x<observe>x</observe>x</think><answer>x</answer>",
+    )
+    return 0.5 if shape in shapes else 0.0
+
+
+def bonus_rewards(
+    correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100, bonus: float = 0.2
+) -> list[float]:
+    """The bonus to the shortest correct response of a group, if it is longer than min_length.
+
+    The floor keeps "be short" from becoming "do not reason": below it nobody gets the bonus. Ties
+    go to the first. lengths: tokens with the stop token. ValueError if the sequences do not fit.
+
+    >>> bonus_rewards([True, True, False], [300, 200, 50])
+    [0.0, 0.2, 0.0]
+    """
+    if not correct or len(correct) != len(lengths) or min(lengths) < 0:
+        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} of {lengths}")
+    rewards = [0.0] * len(correct)
+    right = [i for i, is_correct in enumerate(correct) if is_correct]
+    if right:
+        shortest = min(right, key=lengths.__getitem__)
+        if lengths[shortest] > min_length:
+            rewards[shortest] = bonus
+    return rewards
+
+
+def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
+    """The paper's weight of a group: 4 sigma p (1 - p), where p is the share of correct responses.
+
+    Half-solved groups weigh sigma, solved and hopeless ones 0. ValueError for an empty group.
+
+    >>> [dynamic_weight([True] * n + [False] * (8 - n)) for n in (0, 1, 4, 8)]
+    [0.0, 0.7875, 1.8, 0.0]
+    """
+    if not correct:
+        raise ValueError("a group needs at least one response")
+    share_solved = sum(map(bool, correct)) / len(correct)
+    return 4 * sigma * share_solved * (1 - share_solved)
+
+
+def accuracy_reward(response: str, gold: str) -> float:
+    """The paper's accuracy: 1.0 if the final answer of the response matches the gold, else 0.0.
+
+    >>> accuracy_reward("<think>3 + 4</think><answer>7</answer>", "7"), accuracy_reward("7", "7")
+    (1.0, 0.0)
+    """
+    answer = extract_answer(response)
+    return float(answer is not None and answers_match(answer, gold))
+
 
 def extract_answer(response: str) -> str | None:
     r"""The last complete <answer> block, else an unclosed one, else the last \boxed{}, else None.
@@ -32,248 +110,745 @@ def extract_answer(response: str) -> str | None:
     >>> extract_answer("<answer>1</answer> <answer>2</answer>"), extract_answer(r"so \boxed{12}")
     ('2', '12')
     """
-    if "<answer>" in response:
-        last = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
-        start = last if last >= 0 else response.rfind("<answer>")
-        return response[start + 8:].partition("</answer>")[0]
-    start, depth = response.rfind(r"\boxed{"), 0
-    for end in range(start + 6, len(response)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(response[end], 0)
+    complete = response.rpartition("</answer>")[0]
+    source = complete if "<answer>" in complete else response
+    if "<answer>" in source:
+        return source.rpartition("<answer>")[2].partition("</answer>")[0]
+    _, boxed, rest = response.rpartition(r"\boxed{")
+    depth = 1
+    for end, character in enumerate(rest if boxed else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return response[start + 7:end]
+            return rest[:end]
     return None
 
-_SYMBOLS = {  # LaTeX and Unicode spellings of one thing
-    **{"\\" + name: "" for name in "left right displaystyle quad qquad ! $ ( ) [ ]".split()},
-    **{"\\" + mark: " " for mark in ",;: "}, **{f"\\{c}frac": r"\frac" for c in "dtc"},
-    **{"\\" + pair[:-1]: pair[-1] for pair in (
-        "cdot* times* ast* div/ leqslant≤ geqslant≥ leq≤ geq≥ le≤ ge≥ neq≠ ne≠ lt< gt> pm± infty∞ "
-        "emptyset∅ varnothing∅ angle∠ degree° circ° {{ }} %% OmegaΩ muμ piπ alphaα betaβ gammaγ "
-        "thetaθ phiφ varphiφ lambdaλ").split()},
-    **dict(pair.split(" ") for pair in "− -|– -|— -|× *|· *|⋅ *|÷ /|√ \\sqrt|∘ °|<= ≤|>= ≥|"
-           "!= ≠|⁄ /".split("|")), "~": " ", "$": "", "≈": "",
-}
-_SYMBOL = re.compile("|".join(re.escape(key) + "(?![a-zA-Z])" * (len(key) > 1 and key[-1].isalpha())
-                              for key in sorted(_SYMBOLS, key=len, reverse=True)))
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_LEAD = re.compile(r"^(?:so |thus |therefore,? |hence )?(?:the )?(?:correct |final )?"
-                   r"(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=.)", re.I)
-_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:[, ][0-9]{3})+)(?![0-9,])")
 
-def _clean(answer: str) -> str:
-    """One spelling of wrappers, symbols and white space; a long answer only loses white space."""
+# ------------------------------------------------------------------- the checker: tables of tokens
+
+MAX_LENGTH = 400  # a longer answer matches only its own text
+MAX_DEPTH = 50  # operators inside operators
+MAX_BITS = 1000  # of a numerator or a denominator: what a float can hold
+POINTS = 8  # where expressions with letters are compared
+
+
+def _rows(text):
+    """The words of each line of a table."""
+    return [line.split() for line in text.strip().splitlines()]
+
+
+def _rules(text):
+    """[(pattern, replacement)] of lines "pattern → replacement"; ␣ is a space."""
+    rows = [line.strip().replace("␣", " ").split(" →") for line in text.strip().splitlines()]
+    return [(re.compile(pattern), replacement[1:]) for pattern, replacement in rows]
+
+
+def _rewrite(text, rules):
+    """The text after all rules, in their order; a plain word or number needs none."""
+    if text.isascii() and text.isalnum():
+        return text
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_SPELLINGS = {  # the token comes first, its other spellings follow
+    spelling: token
+    for token, *spellings in _rows(r"""
+    *  \cdot \times \ast × · ⋅ ∙ ∗
+    /  \div ÷ ⁄ ∕ per
+    -  − – — ‐ ‑
+    ±  \pm
+    ∓  \mp
+    ^  **
+    =  \equiv == ≈ \approx \simeq \sim ≅ \cong ≃
+    ≤  \leq \le \leqslant <= =< ⩽
+    ≥  \geq \ge \geqslant >= => ⩾
+    ≠  \neq \ne !=
+    <  \lt
+    >  \gt
+    ∈  \in
+    ∪  \cup
+    ∧  and \wedge \land
+    ∨  or \vee \lor
+    …  to
+    :  &
+    ;  \\
+    |  \lvert \rvert \vert \mid ∣
+    ∞  \infty infinity infty inf oo
+    ∅  \emptyset \varnothing Ø
+    %  \% percent pct percentage
+    °  \degree deg degree degrees º ∘ ˚
+    $  dollar dollars USD
+    ∠  \angle
+    ⟦  \begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array}
+    ⟧  \end{pmatrix} \end{bmatrix} \end{matrix} \end{array}
+    frac  \frac \dfrac \tfrac \cfrac
+    root \root
+    power \power
+    sin \sin
+    cos \cos
+    tan \tan
+    exp \exp
+    sinh \sinh
+    cosh \cosh
+    tanh \tanh
+    asin  \arcsin arcsin
+    acos  \arccos arccos
+    atan  \arctan arctan
+    log   \ln ln
+    log10 \log \lg log lg
+    π  \pi pi
+    α  \alpha alpha
+    β  \beta beta
+    γ  \gamma gamma
+    δ  \delta delta
+    Δ  \Delta Delta
+    ε  \epsilon \varepsilon epsilon
+    θ  \theta theta \vartheta
+    λ  \lambda lambda
+    μ  \mu mu µ
+    ρ  \rho rho
+    σ  \sigma sigma
+    τ  \tau tau
+    φ  \phi \varphi phi
+    ω  \omega omega
+    Ω  \Omega Omega ohm ohms Ω
+    drop ~ \left \right \big \Big \bigg \Bigg \bigl \bigr \displaystyle \textstyle \quad \qquad
+    drop \! \, \; \: \limits \overrightarrow \vec \widehat \hat \boxed \fbox \large \Large \small \text \mathrm
+    0  zero
+    1  one
+    2  two
+    3  three
+    4  four
+    5  five
+    6  six
+    7  seven
+    8  eight
+    9  nine
+    10 ten
+    11 eleven
+    12 twelve dozen
+    """)
+    for spelling in spellings
+}
+_CONSTANTS = {"π": math.pi, "e": math.e, "∞": math.inf} | {
+    spelling: Fraction(value)
+    for value, *spellings in _rows("""
+    1/2 half halves
+    1/3 third thirds
+    1/4 quarter quarters
+    1000 thousand
+    1000000 million
+    1000000000 billion
+    """)
+    for spelling in spellings
+}
+_UNITS = {  # {spelling: (factor, base)}: 1 cm is 1/100 of an m; base 1 is a mere number
+    spelling + ending: (Fraction(factor), spelling if base == "each" else base)
+    for ending in ("es", "s", "")
+    for factor, base, *spellings in _rows("""
+    1/100 1 %
+    0.017453292519943295 1 °
+    1 1 rad radian
+    1 $ $
+    1/100 $ cent cents ¢
+    1 € € euro EUR
+    1 £ £ GBP
+    1 ¥ ¥ yuan yen RMB
+    1 ₹ ₹ rupee
+    1 m m meter metre
+    1/10 m dm
+    1/100 m cm centimeter centimetre
+    1/1000 m mm millimeter millimetre
+    1/1000000 m μm micrometer
+    1/1000000000 m nm nanometer
+    1000 m km kilometer kilometre
+    1 in in inch inche
+    12 in ft foot feet
+    36 in yd yard
+    63360 in mi mile
+    1 g g gram
+    1/1000 g mg milligram
+    1000 g kg kilogram
+    1 ton ton tonne
+    1 oz oz ounce
+    16 oz lb pound
+    1 L L l liter litre
+    1/1000 L mL ml milliliter millilitre
+    1 gallon gallon gal
+    1/4 gallon quart
+    1/8 gallon pint
+    1/16 gallon cup
+    1 s s sec second
+    1/1000 s ms millisecond
+    60 s min minute
+    3600 s h hr hour
+    86400 s day
+    604800 s week
+    1 month month
+    12 month year yr
+    1 N N newton
+    1000 N kN
+    1 J J joule
+    1000 J kJ
+    1 W W watt
+    1000 W kW kilowatt
+    1 kWh kWh
+    1 V V volt
+    1 A A amp ampere
+    1/1000 A mA
+    1 Ω Ω
+    1000 Ω kΩ
+    1 C C coulomb
+    1 F F farad
+    1 K K kelvin
+    1 Pa Pa pascal
+    1000 Pa kPa
+    1 Hz Hz hertz
+    1000 Hz kHz
+    1 mol mol mole
+    1 cal cal calorie
+    1 degC celsius degC
+    1 degF fahrenheit degF
+    1 mph mph
+    1 each unit piece item time way person people student child children boy girl man woman men women
+    1 each apple orange banana egg fruit ball book page pencil pen card coin marble dot point vote car
+    1 each vehicle bike bus train animal dog cat bird fish cow horse rabbit chicken sheep tree flower
+    1 each leaf leave plant seed house room floor window door table chair box bag bottle glass candy
+    1 each candie cookie cake sticker stamp toy block cube square triangle circle rectangle polygon
+    1 each side edge vertex vertice face angle line segment diagonal object thing shape country state
+    1 each city team game goal match win round step digit number integer value solution term factor
+    1 each pair set group row column layer tile brick gift ticket worker employee teacher player
+    1 each member adult kid customer family friend shirt shoe dress hat ring bead key button letter
+    1 each word question problem test class school course lesson subject revolution turn lap trip
+    1 each slice pizza sandwich pie muffin donut jar pack package bunch photo picture story option
+    1 each choice outcome arrangement combination permutation possibility region cell acre barrel
+    """)
+    for spelling in spellings
+}
+_FUNCTIONS = {
+    name: getattr(math, name)
+    for name in _rows("sin cos tan asin acos atan sinh cosh tanh log log10 exp")[0]
+}
+_RELATIONS = "=≠<>≤≥∈"
+_LISTS = ",;∧∨…:∪([{⟦"
+_LEVELS = {  # how tightly an operator binds; a product without a sign stands at 6.5
+    sign: level
+    for level, signs in enumerate(
+        _rows(r"""
+    ) ] } \} ⟧ {
+    ;
+    , ∧ ∨
+    = ≠ < > ≤ ≥ ∈
+    : … ∪
+    + -
+    * /
+    unused
+    ^
+    """)
+    )
+    for sign in signs
+}
+_CLOSING = {"(": ")]", "[": ")]", "{": r"\}", r"\{": r"\}", "⟦": "⟧", "|": "|"}
+_KNOWN = {  # words that are no products of letters
+    *_SPELLINGS.values(),
+    *_CONSTANTS,
+    *_FUNCTIONS,
+    *_UNITS,
+}
+
+
+_RULES = _rules(  # spellings that concern more than one token
+    r"""
+    (?<=[0-9])(?:\{,\}|,\\!|\\,|\\!) *(?=[0-9][0-9][0-9]) →
+    (?<=[0-9]) ?A\.?M\b\.?|(?<=[0-9]) a\.?m\b\.?|(?<=:[0-9][0-9])am\b → :AM
+    (?<=[0-9]) ?P\.?M\b\.?|(?<=[0-9]) p\.?m\b\.?|(?<=:[0-9][0-9])pm\b → :PM
+    (?<=[0-9])h ?(?=[0-9]) → ␣hours␣
+    \bUS\$ → $
+    \b([A-Za-z])\(([0-9]+)\) ?= → \1_\2=
+    ′ → '
+    \^ ?\{? ?(?:\\circ|°|∘|\\degree|o\b) ?\}? → °
+    (?:°|\bdegrees?) *(?=[CF]\b|[Cc]els|[Ff]ahr)([CcFf])[a-z]* → ␣deg\1
+    \bsq(?:uare)?\.? (?=[a-z])(?!root)([a-z]+) → \1^2
+    \bcu(?:bic)?\.? ([a-z]+) → \1^3
+    ␣squared\b → ^2
+    ␣cubed\b → ^3
+    ([$€£¥₹]) ?([0-9.,]+) → \2 \1
+    \\\\(?=(?:frac|[dtc]frac|left|right|pi|sqrt|leq?|geq?|text|cup|infty)\b) → \\
+    (?:\\log|log) ?_ ?\{? ?([0-9a-z]+) ?\}? → \\frac{1}{\\ln{\1}}\\ln␣
+    \\?\b(sin|cos|tan) ?\^ ?\{? ?-1 ?\}? → ␣a\1␣
+    \\?\bcot ?\^ ?\{? ?([0-9]) ?\}? → ␣power{-\1}tan␣
+    \\?\bsec ?\^ ?\{? ?([0-9]) ?\}? → ␣power{-\1}cos␣
+    \\?\bcsc ?\^ ?\{? ?([0-9]) ?\}? → ␣power{-\1}sin␣
+    \\?\bcot\b → ␣power{-1}tan␣
+    \\sec\b|\bsec(?=\() → ␣power{-1}cos␣
+    \\?\bcsc\b → ␣power{-1}sin␣
+    \\?\b(sin|cos|tan|log|ln) ?\^ ?\{? ?([0-9a-z]) ?\}? → ␣power{\2}\1␣
+    \b(sin|cos|tan|log|ln)(?=[a-z]\b) → \1␣
+    \\sqrt ?\[ ?([0-9a-z]+) ?\] → ␣root{\1}
+    \\sqrt(?![a-z])|\bsqrt|√ → ␣root{2}
+    \\[dtc]?frac ?([0-9]) ?([0-9]) → \\frac{\1}{\2}
+    \\[dtc]?frac ?([0-9])(?=[{\\]) → \\frac{\1}
+    (?<![\w.^])([0-9]+) ?\\[dtc]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\} → (\1+\2/\3)
+    (?<![\w.^])([0-9]+) ([0-9]+) ?[/⁄] ?([0-9]+)(?![\w.^]) → (\1+\2/\3)
+    _ ?\{ ?\\?([A-Za-z0-9]+) ?\} → _\1
+    \\overline(?= ?\{? ?[A-Z]) →
+    \\\{ ?\\\} → ∅
+    (?:\\angle|∠) ? → ∠
+    (?:\\triangle|△) ? → △
+    (?<=[)\]}]) *U *(?=[(\[{\\]) → ∪
+    \\\\ ?(?=\\end)|(?<=\\begin\{array\}) ?\{[a-z| ]*\} →
+    (?<=[a-z][a-z])-(?=[a-z][a-z]) → ␣
+    \b(years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|feet|ft|dollars?) and (?=[0-9]) → \1␣
+    \bmph\b → mi/h
+    \} ?\\f?boxed → },
+    [,;] ?(and|or)\b → ␣\1
+"""
+)
+_TOKEN = re.compile(
+    r"[0-9]+_[0-9]+|[0-9]+\.?[0-9]*[eE][-+]?[0-9]+|[0-9]+\.?[0-9]*|\.[0-9]+"
+    r"|\\(?:begin|end)\{[a-z]+\}|[∠△]\w+"
+    r"|\\?[A-Za-z]+_[A-Za-z0-9]+'*|\\?[A-Za-z]+'*|\\\W|<=|>=|==|!=|\*\*|\S"
+)
+_TOKEN_RULES = _rules(  # 2 hours + 40 minutes; 16 … 20; a + b, a - b for a ± b; no unary plus
+    r"""
+    ([0-9.]+ ([a-z][a-z]+|\$)) (?=[0-9.]+ (?!\2 )[a-z][a-z]) → \1 +␣
+    (^|, )([0-9.]+(?: [%°$€]| [a-z][a-z]+)?) - (?=[0-9.]+(?: [%°$€]| [a-z][a-z]+)?(?:$| ,)) → \1\2 …␣
+    (?:^(?!\\\{)|(?<=, )|(?<=\\\{ ))([^±,]*)±([^±,]*?)(?= ,| \\\}|$) → \1+\2 , \1-\2
+    (^|[(\[{,;=<>≤≥^] )\+␣ → \1
+"""
+)
+
+
+def _tokens(text):
+    """The tokens of an answer in one spelling; an unknown short word is a product of letters."""
+    tokens = []
+    for raw in _TOKEN.findall(_rewrite(text, _RULES)):
+        stem, line, index = raw.partition("_")
+        word = stem.lower()
+        if len(stem) > 1 and stem not in _UNITS and (word in _SPELLINGS or word in _UNITS):
+            stem = word  # Three, Meters
+        token = _SPELLINGS.get(raw.partition("_")[0]) or _SPELLINGS.get(stem, stem)
+        if raw == token and raw.islower() and len(raw) < 4 and raw.isalpha() and raw not in _KNOWN:
+            tokens += raw
+        elif token != "drop":
+            tokens.append(token + line + index)
+    return _rewrite(" ".join(tokens), _TOKEN_RULES).split()
+
+
+_NAME = re.compile(r"[∅∠△]|(?:[^\W\d_]|[A-Z]+)(?:_|'|$)")
+
+
+class _Parser(list):
+    r"""A precedence parser: an answer becomes a tree (head, part, ...), or ValueError.
+
+    answer   = relation {("," | ";" | "∧" | "∨") relation}
+    relation = ratio {sign ratio}         = ≠ < > ≤ ≥ ∈; a chain is one node: ("<≤", 1, x, 3)
+    ratio    = sum {(":" | "…" | "∪") sum}                       16 … 20 is a range
+    sum      = product {("+" | "-") product}
+    product  = power {["*" | "/"] power}  without a sign no number may follow: 3 4 is nothing
+    power    = atom ["^" power]
+    atom     = number | letter | unit | "-" product | "(" answer ")" | "|" sum "|"
+             | (frac | root | power) atom atom | function (atom in brackets | power {power})
+
+    A unit stands behind a number or another unit. Heads of trees are the operators, the brackets
+    of lists such as "[)", and number, letter, unit.
+    """
+
+    def __init__(self, tokens):
+        super().__init__(["", *reversed(tokens)])  # a stack: the next token is the last
+        self.open = [""]
+        self.depth = 0
+
+    def level(self):
+        """How tightly the next token binds to what stands before it."""
+        token = self[-1]
+        if token[:1] in "0123456789." or token == "|" == self.open[-1]:
+            return 0  # a number, the end (an empty token) or a closing bar
+        if self.open[1:] and token in _RELATIONS:
+            return 0  # no relation stands in brackets
+        if token in _FUNCTIONS:
+            return 6  # \sin b \cos a is a product of two
+        return _LEVELS.get(token, 6.5)
+
+    def parse(self, limit=0):
+        """The longest tree whose operators bind tighter than the limit."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("too deep")
+        tree = self.prefix(limit)
+        while self.level() > limit:
+            tree = self.infix(tree, self.level())
+        self.depth -= 1
+        return tree
+
+    def infix(self, left, level):
+        operator = self.pop() if self[-1] in _LEVELS else "*"
+        if level >= 6 and self.is_unit(left):
+            self[-1] = "#" + self[-1]
+        right = self.parse(7 if operator == "^" else level + 0.5)
+        if level == 3 and left[0][0] in _RELATIONS:
+            return left[0] + operator, *left[1:], right
+        if level < 5 and (left[0] == operator or left[0] == "," and level == 2):
+            return operator, *left[1:], right
+        return operator, left, right
+
+    def is_unit(self, left):
+        """Whether the next token is a unit: 5 V, but neither 5 V x nor 2\\pi h."""
+        token, following = self[-1], self[-2:][0]
+        if token not in _UNITS or _leaves(left, "letter") and token.isalpha():
+            return False
+        if len(token) > 1 or not token.isalpha() or _leaves(left, "unit"):
+            return True
+        return following in "/,;)" and left[0] == "number" or token == "m" and following in "^/,;)"
+
+    def prefix(self, limit):
+        token = self.pop()
+        if token == "-":
+            return "negative", self.parse(max(limit, 5))
+        if token[:1] in "0123456789.":
+            return ("letter", token) if "_" in token else _number(token)
+        if token[:1] == "#":
+            return "unit", token[1:]
+        if token in _CLOSING:
+            return self.group(token)
+        if token in ("frac", "root", "power"):
+            return token, self.parse(8), self.parse(8)
+        if token in _FUNCTIONS:
+            return token, self.parse(8 if self[-1] in _CLOSING else 6)
+        if token in _CONSTANTS:
+            return "number", _CONSTANTS[token], 0
+        if _NAME.match(token):
+            return "letter", token
+        raise ValueError(f"{token} begins nothing")
+
+    def group(self, opening):
+        """A tuple, an interval or a set; a single expression in brackets is that expression."""
+        self.open.append(opening)
+        tree = self.parse(3 if opening == "|" else 0)
+        self.open.pop()
+        closing = self.pop()[-1:]
+        if not closing or closing not in _CLOSING[opening]:
+            raise ValueError("brackets that do not fit")
+        kind = opening[-1] + closing
+        if _LEVELS.get(tree[0], 9) < 3:
+            return kind, *tree[1:]
+        return (kind, tree) if opening in ("⟦", r"\{", "|") else tree
+
+
+# ------------------------------------------------------------------------------------ the values
+
+
+def _number(text):
+    """("number", value, decimals) of 12, .5 or 1.2e3."""
+    digits, _, exponent = text.lower().partition("e")
+    if len(text) > 200 or abs(int(exponent or 0)) > 99:
+        raise ValueError("too large")
+    return "number", Fraction(text), 0 if exponent else len(digits.partition(".")[2])
+
+
+def _parts(tree):
+    """The trees in a tree."""
+    return [part for part in tree[1:] if isinstance(part, tuple)]
+
+
+def _leaves(tree, *kinds):
+    """What the leaves of some kinds say: letters or units."""
+    if tree[0] in kinds:
+        return {tree[1]}
+    return set().union(*[_leaves(part, *kinds) for part in _parts(tree)])
+
+
+@functools.lru_cache(maxsize=4096)
+def _letter(name, point):
+    """The value of a letter at a point, drawn for each letter alone; some are negative."""
+    draw = random.Random(f"{name} {point}")
+    return Fraction(draw.randint(100 if point < POINTS // 2 else -3000, 3000), 997)
+
+
+def _bits(value):
+    """The size of a fraction, to be asked before it grows without bound."""
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _power(base, exponent):
+    if isinstance(base, Fraction) and _bits(base) * abs(exponent) > MAX_BITS:
+        raise ValueError("too large")
+    return base**exponent
+
+
+def _root(degree, radicand):
+    if radicand < 0 and degree % 2 == 1:
+        return -_root(degree, -radicand)
+    if degree not in range(1, 10):
+        raise ValueError("no such root")
+    size = radicand ** (1 / degree)
+    near = Fraction(size).limit_denominator(10**6)
+    return near if near**degree == radicand else size
+
+
+_OPERATORS = {
+    **_FUNCTIONS,
+    **{
+        sign: getattr(operator, name)
+        for name, *signs in _rows("""
+        add +
+        sub -
+        mul *
+        truediv / : frac
+        neg negative
+        abs ||
+        """)
+        for sign in signs
+    },
+    "^": _power,
+    "power": lambda exponent, base: _power(base, exponent),
+    "root": _root,
+}
+
+
+def _value(tree, point, with_units):
+    """The value of an expression at a point: a Fraction if it can be, else a float."""
+    head, *parts = tree
+    if head == "number":
+        return parts[0]
+    if head == "letter":
+        return _letter(parts[0], point)
+    if head == "unit":
+        factor, base = _UNITS[parts[0]] if with_units else (Fraction(1), "1")
+        return factor if base == "1" else factor * _letter(base, point)
+    compute = _OPERATORS[head]
+    result = compute(*[_value(part, point, with_units) for part in parts])
+    if isinstance(result, Fraction):
+        bounded = _bits(result) <= MAX_BITS
+    else:
+        bounded = math.isfinite(result) or head == "negative"  # TypeError if it is complex
+    if not bounded:
+        raise ValueError("too large")
+    return result
+
+
+def _at(tree, point=0, with_units=True):
+    """The value at a point, None if there is none."""
+    try:
+        return _value(tree, point, with_units)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _agree(a, b, with_units=True):
+    """The same value, or the same values at several points."""
+    varies = _leaves(("pair", a, b), "letter", "unit")
+    points = range(POINTS if varies else 1)
+    shared = 0
+    for point in points:
+        x, y = _at(a, point, with_units), _at(b, point, with_units)
+        if x is not None and y is not None:
+            if not _same_number(x, y, _decimal(a), _decimal(b)):
+                return False
+            shared += 1
+    return shared > len(points) // 3
+
+
+def _decimal(tree):
+    """(value, decimals) of the decimal number in 3.14, -3.14 or 3.14 cm, else None."""
+    if tree[0] == "negative" or tree[0] in "*/" and _leaves(tree[2], "unit"):
+        return _decimal(tree[1])
+    return tree[1:] if tree[0] == "number" and tree[2] else None
+
+
+def _same_number(x, y, decimal_x, decimal_y):
+    """Equal, or x rounds to the decimals of the gold y; if y is exact, y to three digits of x."""
+    exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+    if x == y or not exact and math.isclose(x, y, abs_tol=0 if x and y else 1e-12):
+        return True
+    if not decimal_y and decimal_x and decimal_x[0] * 10 ** decimal_x[1] >= 100:
+        x, y, decimal_y = y, x, decimal_x
+    if not decimal_y or not y or not math.isfinite(x):
+        return False
+    value, decimals = decimal_y
+    half = Fraction(10) ** -decimals / 2
+    return value - half <= x / y * value < value + half
+
+
+# -------------------------------------------------------------------------------- the comparison
+
+
+def _same(a, b):
+    """Whether two trees, of an answer and a gold, are the same by the table of this module."""
+    if a == b:
+        return True
+    if a[0][0] in _RELATIONS or b[0][0] in _RELATIONS:
+        return _same_relation(a, b)
+    if a[0][0] in _LISTS and b[0][0] in _LISTS:
+        return _same_list(a, b)
+    if _agree(a, b):
+        return True
+    if "+" in (a[0], b[0]) or _leaves(a, "unit") and _leaves(b, "unit"):
+        return False
+    lettered = _leaves(("pair", a, b), "letter")
+    return not lettered and _agree(a, b, with_units=False)  # one side leaves out the unit
+
+
+def _same_list(a, b):
+    """Sets and bare lists in any order; a bare list may stand for a tuple or a set."""
+    kinds = {a[0], b[0]}
+    brackets = kinds - {*",;∧∨"}
+    if len(brackets) > 1 or len(kinds) > 1 and not brackets <= {"()", "{}"}:
+        return False
+    if kinds == {*"∧∨"} and b[1][0][0] in "<≤≠≥>":
+        return False
+    names_a, values_a = zip(*map(_solved, a[1:]))
+    names_b, values_b = zip(*map(_solved, b[1:]))
+    ordered = not brackets <= {"{}", "∪"}
+    if any(names_a) and any(names_b):
+        return _same_items(a[1:], b[1:], ordered)
+    several = len({*names_a, *names_b} - {None}) > 1  # 3, 4 for x = 3, y = 4
+    return _same_items(values_a, values_b, ordered or several)
+
+
+def _same_items(a, b, ordered):
+    if not ordered:
+        a, b = sorted(a, key=_sort_key), sorted(b, key=_sort_key)
+    return len(a) == len(b) and all(map(_same, a, b))
+
+
+def _sort_key(tree):
+    """The values in a tree, so that equal items of two sets stand in the same places."""
+    value = _at(tree)
+    if value is not None:
+        return [float(value)]
+    return [number for part in _parts(tree) for number in _sort_key(part)]
+
+
+def _is_name(tree):
+    r"""Whether it may stand for a value: x, AB, f(x), |AB|, \angle A, (x, y), A:B, no number."""
+    if tree[0] in ("*", "/", "frac", "||", ":", "()"):
+        return all(map(_is_name, tree[1:]))
+    return tree[0] == "letter"
+
+
+_MIRROR = str.maketrans("<>≤≥", "><≥≤")
+_INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+_INFINITE = ("number", math.inf, 0)
+
+
+def _solved(tree):
+    """(name, value) of x = 5, 5 = x, x > 5, 180 - 45 = 135; (None, tree) of anything else."""
+    signs, *sides = tree
+    if signs[0] not in _RELATIONS:
+        return None, tree
+    if signs[0] in ">≥":
+        signs, sides = signs[::-1].translate(_MIRROR), sides[::-1]
+    relation = signs, *sides
+    if not signs.strip("="):
+        sides.sort(key=_is_name, reverse=True)
+        name = sides.pop(0) if _is_name(sides[0]) else None
+        lettered = not name and _leaves(sides[0], "letter")
+        if not lettered and all(_same(sides[0], side) for side in sides):
+            return name, sides[0]
+    elif _is_name(sides[0]):
+        if signs == "∈":
+            return sides
+        signs, sides = "<" + signs, [("negative", _INFINITE), *sides]
+    elif len(sides) == 2:
+        signs, sides = signs + "<", [*sides, _INFINITE]
+    if signs in _INTERVALS and _is_name(sides[1]):
+        return sides[1], (_INTERVALS[signs], sides[0], sides[2])
+    return None, relation
+
+
+def _same_relation(a, b):
+    """Equations and inequalities; one that is solved may stand for the value."""
+    (name_a, value_a), (name_b, value_b) = _solved(a), _solved(b)
+    solved = value_a[0][0] not in _RELATIONS and value_b[0][0] not in _RELATIONS
+    if solved and (name_a == name_b or not name_a or not name_b):
+        return _same(value_a, value_b)
+    # The same curve: left minus right differs by a constant factor, and is no constant itself.
+    left, right = ("-", *a[1:]), ("-", *b[1:])
+    x, y = _at(left), _at(right)
+    if not x or not y or _agree(left, ("number", x, 0)):
+        return False
+    sign = a[0] if x / y > 0 else a[0].translate(_MIRROR)
+    scaled = ("*", left, ("number", y, 0)), ("*", right, ("number", x, 0))
+    return sign == b[0] and _agree(*scaled)
+
+
+# ------------------------------------------------------------------------------------ the answers
+
+_WRAPPERS = _rules(  # what is taken off before anything is read, in this order
+    r"""
+    \\\$ → ＄
+    \$([^$]*)\$ → ␣\1␣
+    (?<!\\)\\␣ → ␣
+    [¼-¾⅐-⅞] → ␣\g<0>
+    [⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+ → ^{\g<0>}
+    [₀₁₂₃₄₅₆₇₈₉]+ → _\g<0>
+    (?<!\\)\\[()\[\]]|^\*\*|\*\*(?=\D)|\*\*$|` → ␣
+    \\(?:text|mbox|math|operatorname|underline|emph)[a-z]* ?\{([^{}]*)\} → ␣\1␣
+    \\text[a-z]* ?\{([^{}]*)\} → ␣\1␣
+    ^␣+|[ ,;\\]+$ →
+    ^\\f?boxed ?\{((?!.*boxed).*)\}\.?$ → \1
+    ^(["'*_]) ?(.+)\1$ → \2
+    (?<!\.)[.。]$ →
+    (?i)^ *(?:so|thus|therefore|hence|∴),?␣+ →
+    (?i)^ *(?:approximately|about|around|≈|=|\\approx) *(?=[^a-z]) →
+    (?i)^ *(?:the |my )?(?:correct |final )?(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=.) →
+    ^(["'*_]) ?(.+)\1\.?$ → \2
+"""
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[, ][0-9][0-9][0-9])+(?![0-9,])")
+
+
+def _clean(answer):
+    """One spelling of wrappers and white space; a long answer only loses white space."""
     text = " ".join(answer.split())
     if len(text) > MAX_LENGTH:
         return text
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", r"^\g<0>", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-    text = unicodedata.normalize("NFKC", text.replace("º", "°"))  # ½ is 1⁄2, ² is 2
-    text = _WRAPPED.sub(r" \1 ", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
-    text = re.sub(r"\^ ?(?:\{ ?°? ?\}|°)|\^o\b", "°", re.sub(r"\^ ?\{ ?° ?\}", "°", text))
-    for _ in range(4):  # wrappers nest: **\boxed{...}**
-        text = text.strip(" \t.,;`\"'").removeprefix("**").removesuffix("**")
-        boxed = re.fullmatch(r"\\(?:boxed|fbox) ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", text)
-        text = boxed[1] if boxed else _LEAD.sub("", text, count=1)
-    text = " ".join(text.replace("**", "^").split())
-    return text if text[:1] in "([{" else _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[1]), text)
+    text = unicodedata.normalize("NFKC", _rewrite(text, _WRAPPERS))
+    text = " ".join(text.split())
+    if text[:1] in "([{\\":
+        return text
+    return _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
 
-def _choice(answer: str) -> str | None:
+
+_CHOICE = re.compile(
+    r"[(\[{]? ?([A-Za-z]) ?(?:[)\]}.:、]+|$| - | (?=because |since |as |is correct)|[,;](?! ?[A-Za-z]\b))"
+)
+_OTHER_CHOICE = re.compile(
+    r"^ ?(?:or|and|/|&)|^\W*[A-Z]\W*$|(?<![^\s,;])(?:[A-Z][.):](?=\s|$)|\([A-Z]\))"
+    r"|\b(?i:or|no|not|wait|actually|maybe|perhaps|possibly|rather|instead),? (?:option )?[A-Z]\b"
+)
+
+
+def _choice(answer):
     """The letter of a choice: alone, in delimiters or before its text; None if unclear."""
-    alone = re.fullmatch(r"[(\[{]? ?([A-Za-z]) ?[)\]}.:]?", answer)
-    marks = re.findall(r"(?:^|(?<=[\s,;]))(?:\(([A-Z])\)|([A-Z])[.):](?=\s|$)|([A-Z]) - )", answer)
-    letters = {alone[1].upper()} if alone else {"".join(mark) for mark in marks}
-    starts = alone or re.match(r"\(?[A-Z](?:\)|[.:] | - )", answer)
-    return letters.pop() if starts and len(letters) == 1 else None
-
-_FUNCTIONS = {  # and constants; frac and sqrt[n] take their arguments one by one
-    **{name: getattr(math, name) for name in ("sin", "cos", "tan", "exp")}, "ln": math.log,
-    "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "log": math.log10, "abs": abs,
-    "frac": lambda top: lambda bottom: top / bottom, "sqrt": lambda radicand: _root(radicand, 2),
-    "π": math.pi, "e": math.e, "inf": math.inf}
-_OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
-_MIXED = re.compile(r"(?<![\w.^])([0-9]+) ?(?: ([0-9]+) ?/ ?([0-9]+)|"
-                    r"\\frac ?\{([0-9]+)\} ?\{([0-9]+)\})(?![\w.])")  # 1 1/2, but not 11/2
-_TOKEN = re.compile(r" *(?:0*((?:[0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?|\.[0-9]+)(?: ?°)?)|\\?("
-                    + "|".join(sorted({*_FUNCTIONS} - {"π", "e", "inf"}, key=len, reverse=True))
-                    + r")(?![a-z])|([^\W\d_](?![A-Za-z]{2})(?:_\w)?|∞)|([-+*/^()\[\]°]))")
-
-def _parse(text: str) -> ast.expr:
-    """Python's syntax tree of LaTeX or plain arithmetic; ValueError or SyntaxError if neither."""
-    text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
-    text = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"_\{(\w)\}", r"_\1", text))
-    text = re.sub(r"\|([^|]+)\|", r" abs(\1)", text).replace("{", "(").replace("}", ")")
-    if _TOKEN.sub("", text).strip():
-        raise ValueError("a word, or a symbol of something else")
-    source = before = ""  # before: what the last token was
-    for number, name, letter, mark in _TOKEN.findall(text):
-        if before == "atom" and not mark:
-            if number:
-                raise ValueError("two numbers side by side are no product")
-            source += "*"
-        atom = number.replace(" ", "").replace("°", "*deg") or letter.replace("∞", "inf")
-        source += f"({atom})" if atom and before == "name" else (
-            atom or name or {"^": "**", "°": "*deg"}.get(mark, mark))
-        before = "name" if name else "atom" if atom or mark in ")°" else ""
-    return ast.parse(source, mode="eval").body
-
-def _root(radicand, n):
-    near = round(abs(radicand) ** (1 / float(n))) if abs(radicand) < 1e12 else 0
-    return Fraction(near) if near ** n == radicand else math.pow(radicand, 1 / n)
-
-def _compute(node: ast.expr, point: int, degree: float):
-    """Value of a syntax tree at a fixed point, a Fraction if it can be."""
-    value = functools.partial(_compute, point=point, degree=degree)
-    match node:
-        case ast.Constant():
-            return Fraction(repr(node.value))
-        case ast.Name(id=name):
-            code = sum((i + 1) * ord(c) for i, c in enumerate(name))  # some values below zero
-            letter = Fraction(code * (point + 3) * 7919 % 997 - 400, 211)
-            return degree if name == "deg" else _FUNCTIONS.get(name, letter)
-        case ast.UnaryOp():
-            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        case ast.Subscript(value=ast.Name(id="sqrt"), slice=n):
-            return lambda radicand: _root(radicand, value(n))
-        case ast.Call(func=left, args=[right]):  # sin(x), or a product: 2(x + 1)
-            left, right = value(left), value(right)
-            return left(right) if callable(left) else left * right
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = value(left), value(right)
-            bits = base.numerator.bit_length() if isinstance(base, Fraction) else 1
-            if abs(exponent) > 1000 or bits * abs(exponent) > 4000:
-                raise ValueError("too large")
-            return base ** exponent
-        case ast.BinOp(left=left, right=right):
-            return _OPERATORS[type(node.op)](value(left), value(right))
-    raise ValueError("not an expression")
-
-def _evaluate(text: str, point: int = 0):
-    """Value of an expression at a fixed point (Fraction or float), None if it has none there."""
-    if not text or len(text) > MAX_LENGTH or not re.search(r"[0-9π∞*/+^|-]|^[^\W\d_](_\w)?$", text):
-        return None  # a bare word is text, not a product of letters
-    try:
-        angle = math.pi / 180 if re.search("sin|cos|tan", text) else 1  # of one degree
-        value = _compute(_parse(text), point, angle)
-        return None if isinstance(value, complex) or math.isnan(value) else value
-    except Exception:  # whatever a policy wrote: it is no expression
+    match = _CHOICE.match(answer)
+    if not match or _OTHER_CHOICE.search(answer[match.end() :]):
         return None
+    return match[1].upper()
 
-_UNITS = dict(pair.split(":") for pair in (
-    "percent:% degree:° deg:° centimeter:cm centimetre:cm millimeter:mm meter:m metre:m "
-    "kilometer:km kilometre:km gram:g kilogram:kg liter:l litre:l second:s sec:s minute:min hour:h "
-    "hr:h inch:in inche:in feet:ft foot:ft dollar:$").split())
-_UNIT = re.compile(
-    r"(.*?[0-9πe})|°\w])( ?%| ?°| +(?!(?:or|and|more|less|than|not|to|at|least|most)\b)"
-    r"(?:[mslgLNJWVAKhCΩF]|[^\W\d_]{2,})(?:[ ./*^-]*(?:[^\W\d_]+|[0-9]))*\.?|(?<=[0-9]) ?"
-    r"(?:[cmk]?m|k?g|m[lL]|ft|in)(?:\^?[23])?)")
-_DECIMAL = re.compile(r"-? ?([0-9]*)\.([0-9]+)")  # of three digits or more: may be rounded
-_WORDS = {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve".split())}
 
-def _quantity(text: str) -> tuple[str, str]:
-    """Number and unit, the unit in one spelling: '12 square centimeters' -> ('12', 'cm^2')."""
-    match = _UNIT.fullmatch(text)
-    if not match or _evaluate(match[1]) is None or re.search("sin|cos|tan", text):
-        return text, ""
-    unit = re.sub(r"[^\W\d_]{2,}", lambda m: _UNITS.get(m[0].lower().removesuffix("s"), m[0]),
-                  match[2])
-    unit = re.sub(r"\b(square|sq|cubic)\b\.? *([^\W\d_]+)",
-                  lambda m: m[2] + ("3" if m[1] == "cubic" else "2"), unit)
-    return match[1].strip(), re.sub(r"[ .^*]+", "", unit)
+@functools.lru_cache(maxsize=1024)
+def _parse(text):
+    """The tree of an answer, None if it is not of the language."""
+    if re.fullmatch("[A-Za-z][a-z]+", text) and text.lower() not in _SPELLINGS:
+        return None  # a word is no product of letters
+    parser = _Parser(_tokens(text))
+    try:
+        tree = parser.parse()
+    except ValueError:
+        return None
+    return tree if parser == [""] else None
 
-def _same_number(a, b, places: int = 0) -> bool:
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    within = 0.5000001 * 10 ** -places if places else 0 if exact else 1e-9 * max(abs(a), abs(b))
-    return a == b or abs(a - b) <= within
 
-def _same_quantity(a: str, b: str) -> bool:
-    """Both are expressions of the same value, or of the same values at several points."""
-    (a, unit_a), (b, unit_b) = _quantity(a), _quantity(b)
-    x, y = _evaluate(a), _evaluate(b)
-    if x is None or y is None or unit_a and unit_b and unit_a != unit_b:
-        return False
-    # 50% is 50 or 0.5, 90 degrees is 90 or pi/2, if the other side has no unit
-    factor = {"%": Fraction(1, 100), "°": math.pi / 180}.get(unit_a + unit_b)
-    if factor and (_same_number(x * factor, y) if unit_a else _same_number(x, y * factor)):
-        return True
-    decimals = filter(None, map(_DECIMAL.fullmatch, (a, b)))
-    places = min((len(m[2]) for m in decimals if len((m[1] + m[2]).lstrip("0")) > 2), default=0)
-    pairs = [(_evaluate(a, k), _evaluate(b, k)) for k in range(4)]
-    return all(_same_number(s, t, places if s == x else 0) for s, t in pairs
-               if s is not None and t is not None)
+def _text(text):
+    bare = re.sub("^(?:an?|the) |(?<=[a-z])[ .,;:!?]+$", "", text.casefold())
+    return " ".join(_tokens(bare))
 
-def _items(text: str) -> tuple[str, list[str], str] | None:
-    """(opening, items, closing) of a list, '' and '' if it is bare; None if it is no list."""
-    if text.count("±") == 1:
-        return "{", [text.replace("±", "+").lstrip("+ "), text.replace("±", "-")], "}"
-    whole = re.fullmatch(r"([(\[{])(?![^(\[{]*[)\]}].)(.*)([)\]}])", text)  # not (1)(2)
-    opening, inner, closing = whole.groups() if whole else (
-        "", re.sub(r",? (?:and|or) ", ",", text), "")
-    items = [item.strip() for item in re.split(r"[,;](?![^(\[{]*[)\]}])", inner)]
-    return (opening, items, closing) if len(items) > 1 or opening == "{" else None
 
-def _same_list(a, b) -> bool:
-    (open_a, a, close_a), (open_b, b, close_b) = a, b
-    if len(a) != len(b) or open_a and open_b and open_a + close_a != open_b + close_b:
-        return False
-    if open_a in ("(", "[") or open_b in ("(", "[") or len(a) > 12:
-        return all(map(_same, a, b))
-    # sets and bare lists, in any order: each item as often in one as in the other
-    return all(sum(_same(x, y) for y in b) == sum(_same(x, y) for y in a) > 0 for x in a)
+_OPPOSITES = {"yes": "no|not", "no": "yes", "true": "false|not", "false": "true"}
 
-def _solved(text: str) -> tuple[str, str]:
-    """(name, value) of x = 5, 5 = x or 180 - 45 = 135; ('', text) of anything else."""
-    sides = [side.strip() for side in text.split("=")]
-    names = [bool(re.fullmatch(r"(?:[^\W\d]|[(){} ,'∠\\]|_\{?\d\}?){1,30}", s)) for s in sides]
-    if len(sides) == 2 and names[0] != names[1]:
-        return tuple(sides if names[0] else sides[::-1])
-    values = [_evaluate(_quantity(side)[0]) for side in sides[names[0]:]]
-    if len(sides) > 1 and None not in values and all(_same_number(v, values[0]) for v in values):
-        return (sides[0] if names[0] else ""), sides[-1]
-    return "", text
-
-def _same_relation(a: str, b: str) -> bool:
-    """Equations and inequalities; an equation that names its value may stand for the value."""
-    (name_a, value_a), (name_b, value_b) = _solved(a), _solved(b)
-    if (name_a or value_a != a or "=" not in a) and (name_b or value_b != b or "=" not in b) and (
-            not re.search("[<>≤≥≠]", a + b)):
-        return (not name_a or not name_b or name_a == name_b) and _same(value_a, value_b)
-    left, right = (re.split("([=<>≤≥≠])", side) for side in (a, b))
-    flipped = str.maketrans("<>≤≥", "><≥≤")
-    for sides in (left, [part.translate(flipped) for part in left[::-1]]):
-        if sides[1::2] == right[1::2] and all(map(_same, sides[::2], right[::2])):
-            return True
-    if left[1::2] == right[1::2] == ["="]:  # the same curve
-        pairs = [[_evaluate(f"({l})-({r})", k) for l, _, r in (left, right)] for k in range(3)]
-        if all(None not in pair and pair[1] for pair in pairs):
-            return all(_same_number(p / q, pairs[0][0] / pairs[0][1]) for p, q in pairs)
-    return False
-
-def _text(text: str) -> str:
-    text = re.sub(r"(?<=[^\w\s]) | (?=[^\w\s])", "", text)
-    text = " ".join(text.lower().replace("\\", " ").split()).strip(" .,;:!?")
-    text = re.sub(r"^(?:an?|the) ", "", text)
-    return _WORDS.get(text, text)
-
-def _same(a: str, b: str) -> bool:
-    """Two cleaned answers, no choices: the rows of the table in the module docstring."""
-    plain_a, plain_b = _text(a), _text(b)
-    if plain_a == plain_b or max(len(a), len(b)) > MAX_LENGTH:
-        return plain_a == plain_b != ""
-    if plain_b in ("yes", "no", "true", "false"):
-        return bool(re.match(plain_b + "[,.;]", a.lower()))
-    lists = _items(a), _items(b)
-    if all(lists):
-        return _same_list(*lists)
-    if re.search("[=<>≤≥≠]", a + b):
-        return _same_relation(a, b)
-    if any(lists):
-        return False
-    if ":" in a and ":" in b:
-        a, b = a.split(":"), b.split(":")
-        return len(a) == len(b) and all(_same(x.strip(), y.strip()) for x, y in zip(a, b))
-    a, b = (plain if plain.isdigit() else x.replace(":", "/")
-            for plain, x in ((plain_a, a), (plain_b, b)))  # "three" is 3
-    return _same_quantity(a, b)
 
 def answers_match(prediction: str, gold: str) -> bool:
     r"""Whether two answers are the same by the rules in the module docstring.
@@ -285,66 +860,18 @@ def answers_match(prediction: str, gold: str) -> bool:
     (True, False, True)
     """
     prediction, gold = _clean(prediction), _clean(gold)
-    if gold.lower() in ("n/a", "nan", "null") or not re.search(r"\w|[∅∞°∠√]", gold):
+    if re.fullmatch(r"(?i)n/a|nan|null|[^\w∅∞]*", gold):
         return False
-    if re.fullmatch(r"[(\[]?[A-Z][)\].:]?", gold):
-        return _choice(prediction) == _choice(gold)
-    return _same(prediction, gold)
-
-def accuracy_reward(response: str, gold: str) -> float:
-    """1.0 if the final answer of the response matches the gold, else 0.0: the paper's accuracy.
-
-    >>> accuracy_reward("<think>3 + 4</think><answer>7</answer>", "7"), accuracy_reward("7", "7")
-    (1.0, 0.0)
-    """
-    answer = extract_answer(response)
-    return float(answer is not None and answers_match(answer, gold))
-
-def format_reward(response: str, observe: bool = True) -> float:
-    """The paper's format reward: 0.5 if the blocks stand as asked, else 0.0. Linear time.
-
-    observe, think, answer in this order with only white space between, or observe inside think;
-    each tag once, no block blank; text around is tolerated. observe=False: think and answer alone.
-
-    >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
-    0.5
-    """
-    names = ("observe", "think", "answer") if observe else ("think", "answer")
-    pieces = re.split(f"(</?(?:{'|'.join(names)})>)", response)
-    tags, texts = pieces[1::2], [text.strip() for text in pieces[2:-1:2]]
-    if tags == [f"<{slash}{name}>" for name in names for slash in ("", "/")]:
-        return 0.5 if all(texts[::2]) and not any(texts[1::2]) else 0.0
-    if tags == ["<think>", "<observe>", "</observe>", "</think>", "<answer>", "</answer>"]:
-        before, seen, after, gap, answer = texts
-        return 0.5 if before + after and seen and answer and not gap else 0.0
-    return 0.0
-
-def bonus_rewards(correct: Sequence[bool], lengths: Sequence[int], min_length: int = 100,
-                  bonus: float = 0.2) -> list[float]:
-    """The bonus to the shortest correct response of a group, if it is longer than min_length.
-
-    The floor keeps "be short" from becoming "do not reason": below it nobody gets the bonus. Ties
-    go to the first. lengths: tokens with the stop token. ValueError if the sequences do not fit.
-
-    >>> bonus_rewards([True, True, False], [300, 200, 50])
-    [0.0, 0.2, 0.0]
-    """
-    if not correct or len(correct) != len(lengths) or min(lengths) < 0:
-        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} of {lengths}")
-    right = [i for i, is_correct in enumerate(correct) if is_correct]
-    shortest = min(right, key=lambda i: lengths[i], default=None)
-    paid = shortest is not None and lengths[shortest] > min_length
-    return [bonus if paid and i == shortest else 0.0 for i in range(len(correct))]
-
-def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
-    """w(d) = 4 sigma d (1 - d) for the share d of correct responses (the paper's weight).
-
-    Half-solved groups weigh sigma, solved and hopeless ones 0. ValueError for an empty group.
-
-    >>> [dynamic_weight([True] * n + [False] * (8 - n)) for n in (0, 1, 4, 8)]
-    [0.0, 0.7875, 1.8, 0.0]
-    """
-    if not correct:
-        raise ValueError("a group needs at least one response")
-    right, n = sum(map(bool, correct)), len(correct)
-    return 4 * sigma * right * (n - right) / (n * n)
+    letter = re.fullmatch(r"[(\[{]? ?([A-Z]) ?[)\]}.:]?", gold)
+    if letter:
+        return _choice(prediction) == letter[1]
+    if prediction == gold or max(len(prediction), len(gold)) > MAX_LENGTH:
+        return prediction == gold
+    opposite = _OPPOSITES.get(gold.lower())
+    if opposite:
+        verdict = rf"(?i){gold}(?![^,.;:!])(?!.*\b(?:or|maybe|perhaps|{opposite})\b)"
+        return bool(re.match(verdict, prediction))
+    tree, gold_tree = _parse(prediction), _parse(gold)
+    if tree and gold_tree:
+        return _same(tree, gold_tree)
+    return _text(prediction) == _text(gold) != ""

@@ -3,10 +3,12 @@
 import ast
 import doctest
 import json
+import math
 import random
 import re
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,8 +231,8 @@ def test_different_answers(prediction, gold):
 
 
 def test_equal_at_one_point_is_not_equal():
-    """x takes the value -400/211 or so at the first point; no number is x."""
-    value = rewards._evaluate("x", 0)
+    """The value that x takes at the first point is a number; no number is x."""
+    value = rewards._at(rewards._parse("x"))
     assert value is not None and not answers_match(f"({value})", "x")
 
 
@@ -281,32 +283,6 @@ def test_format_of_the_ablation_asks_for_think_and_answer_alone():
     assert format_reward("<answer>c</answer>", observe=False) == 0.0
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "<observe>",
-        "</think>",
-        "<think><observe>",
-        "<answer>1</answer>",
-        r"\boxed{",
-        "{",
-        "((",
-        "9^",
-        "1,",
-        "A. ",
-    ],
-)
-def test_time_is_linear_in_what_a_looping_policy_writes(piece):
-    # The released regex takes over 20 s on 1.5 kB of repeated tags.
-    for size in (10_000, 100_000):
-        text = piece * (size // len(piece))
-        started = time.perf_counter()
-        format_reward(text)
-        accuracy_reward(text, "12")
-        accuracy_reward(f"<answer>{text}</answer>", "12")
-        assert time.perf_counter() - started < 0.15
-
-
 PIECES = [
     "<observe>",
     "</observe>",
@@ -352,7 +328,7 @@ PIECES = [
 
 def test_nothing_a_policy_writes_raises():
     rng = random.Random(0)
-    for _ in range(3000):
+    for _ in range(1000):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 12)))
         gold = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 6)))
         assert accuracy_reward(f"<answer>{text}</answer>", gold) in (0.0, 1.0)
@@ -398,25 +374,32 @@ def test_bad_groups_are_refused():
 
 
 PAIRS = [json.loads(line) for line in (HERE / "toy" / "answers.jsonl").open()]
+FAULTS = [json.loads(line) for line in (HERE / "tests" / "answer_faults.jsonl").open()]
 
 
-def test_pairs_as_they_occur_in_data():
-    wrong = [
-        (row["response"], row["gold"])
-        for row in PAIRS
-        if not row.get("debatable")
-        and accuracy_reward(row["response"], row["gold"]) != row["match"]
-    ]
-    assert not wrong
-    assert all(format_reward(row["response"]) == 0.5 * row["format_ok"] for row in PAIRS)
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: f"{row['kind']}: {row['gold']}")
+def test_pairs_as_they_occur_in_data(row):
+    if not row.get("debatable"):
+        assert accuracy_reward(row["response"], row["gold"]) == row["match"]
+    assert format_reward(row["response"]) == 0.5 * row["format_ok"]
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: f"{row['kind']}: {row['answer'][:20]}")
+def test_faults_of_an_earlier_checker(row):
+    started = time.process_time()
+    assert answers_match(row["answer"], row["gold"]) is row["match"]
+    assert time.process_time() - started < 0.05
 
 
 def readme_block(sign):
-    """The functions of the README's code block that holds `sign`."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    (block,) = [block for block in blocks if sign in block]
+    """The functions of the code block that holds `sign`, in the README or in that of tools/."""
+    blocks = []
+    for file in (HERE / "README.md", HERE / "tools" / "README.md"):
+        text = file.read_text() if file.exists() else ""
+        blocks += re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = {block for block in blocks if sign in block}
     scope = {}
-    exec(block, scope)
+    exec(block, scope)  # noqa: S102
     return scope
 
 
@@ -507,7 +490,7 @@ def test_each_function_runs_when_pasted_alone(name):
     assert {module.split(".")[0] for module in modules} <= set(sys.stdlib_module_names)
     _, parts = needed(name, tree)
     scope = {"__name__": "pasted"}
-    exec("\n\n".join(map(ast.unparse, imports + parts)), scope)
+    exec("\n\n".join(map(ast.unparse, imports + parts)), scope)  # noqa: S102
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
     for test in finder.find(scope[name], name, globs=scope):
         assert test.examples
@@ -537,15 +520,15 @@ def random_strings(count, seed=0):
 
 def test_values_and_time_on_thousands_of_strings():
     """0 or 1, never an exception, none over 50 ms; typically under 0.1 ms."""
-    texts, times = list(random_strings(6000)), []
+    texts, times = list(random_strings(2400)), []
     for answer, gold in zip(texts, reversed(texts)):
-        started = time.perf_counter()
+        started = time.process_time()
         assert answers_match(answer, gold) in (True, False)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
         surrounded = format_reward("Sure: " + answer + " Bye")
         if not re.search("[<>]", answer):
             assert surrounded == format_reward(answer) == 0.0
-    assert max(times) < 0.05 and sorted(times)[3000] < 0.0002
+    assert max(times) < 0.05 and sorted(times)[1200] < 0.0005
 
 
 def test_format_does_not_depend_on_text_around_it():
@@ -572,7 +555,7 @@ def readable_numbers(count):
 
 
 def test_reflexive_and_symmetric_on_numbers():
-    numbers = [text for text, _ in readable_numbers(1500)]
+    numbers = [text for text, _ in readable_numbers(600)]
     matches = 0
     for a, b in zip(numbers, numbers[1:] + numbers[:1]):
         assert answers_match(a, a)
@@ -582,22 +565,423 @@ def test_reflexive_and_symmetric_on_numbers():
         assert not answers_match(text, f"({text})+1")
 
 
-def test_growth_is_linear():
-    """Four times the input takes about four times the time; a quadratic rule would take 16."""
-    for piece in ("<think>", "</answer>", r"\boxed{", "(1+", "A) ", "<observe>x</observe>"):
-        seconds = []
-        for size in (100_000, 200_000, 400_000):  # doubled, and doubled again
-            text = piece * (size // len(piece))
-            seconds.append(
-                min(
-                    timed(lambda: (format_reward(text), accuracy_reward(f"<answer>{text}", "12")))
-                    for _ in range(5)
-                )
-            )
-        assert seconds[2] < 8 * seconds[0] + 0.01, (piece, seconds)
+# ------------------------------------------------------------------------------------------- time
 
 
-def timed(work):
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+PROSE = re.findall(
+    r"\S+", "so the smallest wedge drawn in the whole diagram represents about a third of it"
+)
+TOKENS = re.findall(
+    r"\S+",
+    r"""1 1, 1/ .5 12% 9^ x x+ -x- ab sin \sin( \frac \frac{1} \sqrt \sqrt[3]{ √ | |x| ( ) (( [ {
+    \{ {1, (1, ± \pm1, = x= <x 1<x, : 1: ∪ (1,2)∪ 16-20, ° $ 12cm 3hours \text{a} \boxed{ &
+    \begin{pmatrix} \\ ½ ² x_1 ' ! A. A) (A) or, and, yes, ** * ` \left( \ .. 1e9 log_2 \cup
+    <answer> </think> word""",
+)
+
+
+def seconds(work, repeats=3):
+    """The shortest time of the processor: other programs do not count."""
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def grade(text):
+    rewards._parse.cache_clear()
+    format_reward(text)
+    for gold in ("12", "B", "yes", "x+1", "\\{1,2\\}"):
+        assert accuracy_reward(f"<answer>{text}</answer>", gold) in (0.0, 1.0)
+
+
+def grade_of(text):
+    return lambda: grade(text)
+
+
+@pytest.mark.parametrize("piece", [*TOKENS, " ".join(PROSE)])
+def test_time_of_400_characters_and_of_100_kilobytes(piece):
+    """Five golds each. A released format regex takes over 20 s on 1.5 kB of repeated tags."""
+    for text in ((piece * 400)[:400], (piece + " ") * (400 // (len(piece) + 1))):
+        assert seconds(grade_of(text)) < 0.1
+    assert seconds(grade_of((piece * 100_000)[:100_000]), repeats=2) < 0.25
+
+
+@pytest.mark.parametrize("piece", [*TOKENS, " ".join(PROSE)])
+def test_doubling_the_input_doubles_the_time(piece):
+    """Twice within what is computed, twice beyond it; a quadratic rule would take 16 times."""
+    for size in (100, 50_000):
+        times = [seconds(grade_of((piece * n)[:n]), 3) for n in (size, 4 * size)]
+        assert times[1] < 10 * times[0] + 0.01, times
+
+
+def test_prose_is_read_at_once():
+    rng = random.Random(3)
+    for _ in range(80):
+        text = " ".join(rng.choices(PROSE, k=rng.randrange(1, 60))) + rng.choice(
+            ["", ".", "(1)", "%."]
+        )
+        assert seconds(grade_of(text), 2) < 0.05
+        assert not answers_match(text, "12") and answers_match(text, text)
+
+
+# ---------------------------------------------------------------------------------------- attacks
+
+ATTACKS = {
+    "several answers": [
+        ("12, 13", "12"),
+        ("12 and 13", "12"),
+        ("12 or 13", "12"),
+        ("12; 13", "12"),
+        ("12 13", "12"),
+        (r"\boxed{12} \boxed{13}", "12"),
+        (r"\boxed{12}\boxed{13}", "156"),
+        ("x=12 or 13", "12"),
+        ("3 or 4", "3"),
+        ("12/13", "12"),
+        ("12:13", "12"),
+        ("12 = 13", "12"),
+        ("x = 12 = 13", "12"),
+        ("12 ≈ 13", "12"),
+        ("12 ± 1", "12"),
+        (r"\pm 12", "12"),
+    ],
+    "several letters": [
+        ("A or B", "A"),
+        ("A, B", "A"),
+        ("A and B", "B"),
+        ("A/B", "A"),
+        ("AB", "A"),
+        ("A. B.", "A"),
+        ("(A)(B)", "A"),
+        ("A. 5 or C. 6", "A"),
+        ("A. first; B. second", "A"),
+        ("(A) or B or C", "A"),
+        ("A. or b.", "A"),
+        ("B. No, C.", "B"),
+        ("B, no wait, C", "B"),
+        ("B or maybe C", "B"),
+        ("not A", "A"),
+        ("A is wrong", "A"),
+    ],
+    "both verdicts": [
+        ("Yes, no", "Yes"),
+        ("Yes, no", "no"),
+        ("yes and no", "yes"),
+        ("Yes or no", "no"),
+        ("Yes, it is not", "Yes"),
+        ("true, maybe", "true"),
+        ("not true", "true"),
+        ("true/false", "true"),
+    ],
+    "a hedge": [
+        ("12 maybe 13", "12"),
+        ("12 (or 13)", "12"),
+        ("about 12 or 13", "12"),
+        ("17 is wrong it is 19", "17"),
+        ("not 5", "5"),
+        ("5 not 6", "5"),
+        ("at least 12", "12"),
+        ("12...", "12"),
+        ("12,...", "12"),
+        ("12?13", "12"),
+        ("12 of 13", "12"),
+        ("12 out of 13", "12"),
+    ],
+    "a list where one is asked": [
+        ("1,2,3", "2"),
+        ("{1,2}", "2"),
+        ("(1,2)", "1"),
+        ("[12,13]", "12"),
+        ("[1,2]", "1,2"),
+        ("1,2", "[1,2)"),
+        ("1,2,3,4,5", "1,2"),
+        ("1,2", "1,2,3"),
+    ],
+    "a range": [
+        ("16-20", "11-15"),
+        ("16-20", "-4"),
+        ("20-16", "4"),
+        ("16-20", "16"),
+        ("12 to 13", "12"),
+        ("10-15", "10 to 14"),
+        ("$5-$10", "$10-$15"),
+        ("5%-10%", "-5%"),
+        ("1990–1999", "1980–1989"),
+    ],
+    "an identity": [
+        ("x=x", "5"),
+        ("0=0", "5"),
+        ("0=0", "x=5"),
+        ("x=x", "x^2=4"),
+        ("t-t=0", "3x+4y=20"),
+        ("t-t=0", "x=0"),
+        ("x+y=y+x", "x^2+y^2=49"),
+        ("0x=0", "2x=0"),
+        ("3=3", "4=4"),
+        ("3<5", "2<4"),
+        (r"\sin^2 x + \cos^2 x = 1", "x = 1"),
+    ],
+    "an infinity": [
+        (r"\infty", "42"),
+        (r"-\infty", r"\frac{3}{8}"),
+        (r"\infty", r"-\infty"),
+        (r"\infty", r"\infty+1"),
+        ("1/0", "5"),
+        ("1/0", r"\infty"),
+        ("42", r"\infty"),
+        ("0", r"\infty"),
+        ("9^9^9^9", "5"),
+        ("1e999", r"\infty"),
+        ("1e400", "5"),
+        ("nan", "5"),
+        ("0/0", "0"),
+    ],
+    "numbers of the question": [
+        ("The legs are 3 and 4, the sum is 7", "7"),
+        ("AB = 5, BC = 12, AC = 13", "13"),
+        ("3 4 5", "5"),
+        ("3+4=7, 3*4=12", "12"),
+        ("7 12 5", "7"),
+    ],
+    "coarser than the gold": [
+        ("3.1", "3.14"),
+        ("3", "3.14"),
+        ("3.0", "3.14"),
+        ("12.0", "12.04"),
+        ("10.95", "10.9"),
+        ("0.16", "0.160257708151404"),
+        ("0.33", "1/3"),
+        ("0.3", "1/3"),
+        ("1.4", r"\sqrt{2}"),
+        ("36.0", "36.04"),
+        ("(36)(38)+1", "(36.0)(38.0)"),
+    ],
+    "letters that look alike": [
+        ("А", "A"),
+        ("В", "B"),
+        ("Β", "B"),
+        ("х", "x"),
+        ("А. 12", "A"),
+        ("A'", "A"),
+        ("A1", "A"),
+        ("l", "1"),
+        ("O", "0"),
+        ("١٢", "12"),
+    ],
+    "the rest of it is no unit": [
+        ("12 is", "12"),
+        ("12 percent", "12 cm"),
+        (r"\pi r^2", r"\pi r^2 h"),
+        ("2", "2 g h"),
+        ("4", "4 a"),
+        (r"\frac{1}{2}", r"\frac{1}{2} m v^2"),
+        ("7b-63", "7b-63m"),
+        ("a", "a point"),
+        ("2 hours 40 minutes", "42"),
+        ("5 m", "5 m^2"),
+        ("$12", "12 cents"),
+        ("12 apples", "12 oranges"),
+    ],
+    "another operation": [
+        ("5!", "5"),
+        ("|x|", "x"),
+        (".5", "5"),
+        ("-2^2", "4"),
+        ("2^3^2", "64"),
+        ("4(3)^2", "144"),
+        ("1\\frac12", "0.5"),
+        ("1 1/2", "11/2"),
+        ("x_1", "x_2"),
+        ("43_7", "43"),
+        (r"0.\overline{3}", "0"),
+        (r"\log_2 x", r"\log_3 x"),
+        ("x<1 and x>6", "x<1 or x>6"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+        (r"\begin{pmatrix}2&1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_not_rewarded(attack):
+    rewarded = [pair for pair in ATTACKS[attack] if answers_match(*pair)]
+    assert not rewarded
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<answer>13<answer>12</answer>13</answer>",
+        "<answer>13</answer> \\boxed{12}",
+        "<think><answer>12</answer></think><answer>13</answer>",
+        "<answer><think>12</think></answer>",
+        "<answer>12</answer><answer></answer>",
+        "<answer></answer>12",
+        "<ANSWER>12</ANSWER>",
+        "<answer>12, 13</answer>",
+        "\\boxed{12} and \\boxed{13}",
+    ],
+)
+def test_tags_inside_tags(response):
+    assert accuracy_reward(response, "12") == 0.0 or response.startswith("<answer>13<answer>")
+    assert format_reward(response) == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        (r"\pi", "3.14"),
+        ("3.14159", "3.14"),
+        ("2/3", "0.67"),
+        ("0.125", "0.13"),
+        ("12.04", "12.0"),
+        ("1 m", "100 cm"),
+        ("1 hour", "60 minutes"),
+        ("2.5 hours", "2 hours 30 minutes"),
+        (r"\$1.50", "150 cents"),
+        ("30 miles per hour", "30 mph"),
+        ("12 square centimetres", "12 cm^2"),
+        ("16 to 20", "16–20"),
+        (r"\sec^2 y", r"\tan^2 y + 1"),
+        (r"\log_{2} 8", "3"),
+        (r"(p,q)=(3,2)", "(3, 2)"),
+        ("x > 5", r"(5, \infty)"),
+        (r"x \in [1, 3)", r"1 \le x < 3"),
+        ("-x > -1", "x < 1"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
+        (r"\{1 \pm \sqrt5\}", r"1-\sqrt{5}, 1+\sqrt{5}"),
+        ("B, because the slope is positive", "B"),
+        (r"\textbf{(B) } 12", "B"),
+        ("３½", "3.5"),
+        ("two-thirds", "2/3"),
+        (r"m\angle 1 = 58^\circ", "58"),
+    ],
+)
+def test_decisions_for_a_reward(answer, gold):
+    assert answers_match(answer, gold)
+
+
+# ---------------------------------------------------------------------- expressions of known value
+
+
+def random_tree(rng, depth):
+    """(value, LaTeX, plain): the value is computed here, as the text is put together."""
+    kind = rng.choice("nnnnnfdmpi" if depth == 0 else "+-*/^rnfs+-*/")
+    n, d = rng.randint(1, 40), rng.randint(2, 12)
+    if kind == "n":
+        return Fraction(n), f"{n}", f"{n}.0"
+    if kind == "f":
+        return Fraction(n, d), rf"\dfrac{{{n}}}{{{d}}}", f"({n}/{d})"
+    if kind == "d":
+        return Fraction(n, 100), f".{n:02}", f"0.{n:02}0"
+    if kind == "m":
+        return n + Fraction(1, d), rf"{n}\frac{{1}}{{{d}}}", f"({n} 1/{d})"
+    if kind == "p":
+        return n * math.pi, rf"{n}\pi", f"({n}*pi)"
+    if kind == "i":
+        return Fraction(-n), f"({-n})", f"(−{n})"
+    value, latex, plain = random_tree(rng, depth - 1)
+    if kind == "^":
+        return value**2, rf"\left({latex}\right)^{{2}}", f"({plain})²"
+    if kind == "r":
+        return math.sqrt(abs(value)), rf"\sqrt{{|{latex}|}}", f"√(|{plain}|)"
+    if kind == "s":
+        return math.sin(value), rf"\sin({latex})", f"sin({plain})"
+    other, latex_b, plain_b = random_tree(rng, depth - 1)
+    if kind == "/" and other:
+        return value / other, rf"\frac{{{latex}}}{{{latex_b}}}", f"({plain})/({plain_b})"
+    if kind == "*":
+        return value * other, rf"({latex})({latex_b})", f"({plain})×({plain_b})"
+    if kind == "-":
+        return value - other, rf"({latex}-({latex_b}))", f"(({plain}) − ({plain_b}))"
+    return value + other, rf"({latex}+{latex_b})", f"({plain_b} + {plain})"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_are_those_of_fractions_and_math(seed):
+    rng = random.Random(seed)
+    for _ in range(120):
+        value, latex, plain = random_tree(rng, rng.randrange(4))
+        if not 1e-3 < abs(value) < 1e9:
+            continue
+        gold = str(value) if isinstance(value, Fraction) else f"{value:.6f}"
+        assert answers_match(latex, gold) and answers_match(plain, gold), (latex, plain, gold)
+        assert answers_match(latex, plain) and answers_match(plain, latex), (latex, plain)
+        for wrong in (f"{latex}+1", f"2({latex})", f"-({latex})", rf"\frac{{{latex}}}{{3}}"):
+            assert not answers_match(wrong, gold), (wrong, gold)
+            assert not answers_match(gold, wrong) and not answers_match(wrong, plain), wrong
+
+
+def random_polynomial(rng):
+    """Two spellings of one polynomial in two letters, factored and expanded, and a third that differs."""
+    x, y = rng.sample("abcdkpqtuvwxz", 2)
+    a, b, c = (rng.randint(2, 9) for _ in range(3))
+    factored = f"({a}{x}+{b})({x}-{c}{y})"
+    expanded = rf"{a}{x}^2 - {a * c}{x}{y} + {b}{x} - {b * c}{y}"
+    return factored, expanded, expanded.replace(f"- {b * c}{y}", f"+ {b * c}{y}"), (x, y)
+
+
+def test_polynomials():
+    rng = random.Random(5)
+    for _ in range(80):
+        factored, expanded, other, (x, y) = random_polynomial(rng)
+        assert answers_match(factored, expanded) and answers_match(expanded, factored)
+        assert not answers_match(other, expanded) and not answers_match(expanded, other)
+        swapped = expanded.translate(str.maketrans(x + y, y + x))
+        assert not answers_match(swapped, expanded), swapped
+        assert answers_match(f"{factored}=0", f"3({expanded})=0")
+        assert not answers_match(f"{factored}=0", f"{other}=0")
+        assert not answers_match(f"{factored}-({expanded})=0", f"{expanded}=0")  # an identity
+
+
+def test_lists_of_known_values():
+    rng = random.Random(6)
+    for _ in range(80):
+        numbers = rng.sample(range(-30, 60), rng.randint(2, 6))
+        shuffled = rng.sample(numbers, len(numbers))
+        written = [rng.choice([f"{n}", f"{n}.0", rf"\frac{{{2 * n}}}{{2}}"]) for n in numbers]
+        assert answers_match(", ".join(written), ",".join(map(str, shuffled)))
+        assert answers_match(rf"\{{{', '.join(written)}\}}", f"{{{','.join(map(str, shuffled))}}}")
+        ordered = answers_match(f"({', '.join(written)})", f"({','.join(map(str, shuffled))})")
+        assert ordered == (numbers == shuffled)
+        assert not answers_match(", ".join(written[1:]), ",".join(map(str, numbers)))
+        assert not answers_match(", ".join(written + ["61"]), ",".join(map(str, numbers)))
+
+
+# ------------------------------------------------------------------------------------- mutations
+
+
+def mutations(text, rng):
+    """The text with one character dropped, doubled, swapped or put in."""
+    for _ in range(2):
+        i = rng.randrange(len(text) + 1)
+        yield text[:i] + text[i + 1 :]
+        yield text[:i] + text[i : i + 1] * 2 + text[i + 1 :]
+        yield text[:i] + rng.choice("0123456789+-*/^(){}[]|\\,.:;=<> $%°ABxy") + text[i:]
+
+
+CASES = [(row["answer"], row["gold"]) for row in FAULTS] + [(row["gold"],) * 2 for row in PAIRS]
+
+
+def test_mutated_cases_never_raise_and_a_readable_gold_matches_itself():
+    rng = random.Random(8)
+    for answer, gold in CASES:
+        for mutated in mutations(answer, rng):
+            assert answers_match(mutated, gold) in (True, False)
+            both = answers_match(mutated, mutated), answers_match(f" {mutated} ", mutated)
+            assert both[0] == both[1]
+        readable = re.search(r"\w|∅|∞", gold) and gold not in ("N/A", "")
+        assert answers_match(gold, gold) == bool(readable), gold
+
+
+def test_a_digit_more_or_less_is_another_number():
+    rng = random.Random(9)
+    for text, _ in readable_numbers(300):
+        digits = [i for i, c in enumerate(text) if c.isdigit() and c != "0"]
+        i = rng.choice(digits)
+        other = text[:i] + str(int(text[i]) % 9 + 1) + text[i + 1 :]
+        if other != text and "^" not in text and "e" not in text:
+            assert not answers_match(other, text), (other, text)
