@@ -223,21 +223,22 @@ def mix_ladder(difficulty, complexity, seed=0):
     stages in proportion to what they ask of it. At the figure's level sizes this ends in the
     figure's shares, elsewhere as near as possible, and never beyond the four nearest levels.
     """
-    figure = [  # shares of five neighbouring levels in each stage, read off to about .01
-        [0.29, 0.18, 0.19, 0.19, 0.17],
-        [0.05, 0.50, 0.15, 0.155, 0.15],
-        [0.02, 0.08, 0.51, 0.17, 0.23],
-        [0.03, 0.07, 0.505, 0.21, 0.19],
-        [0.03, 0.07, 0.58, 0.19, 0.14],
-        [0.03, 0.10, 0.575, 0.15, 0.15],
-        [0.05, 0.12, 0.54, 0.18, 0.12],
-        [0.02, 0.055, 0.10, 0.685, 0.14],
-        [0.02, 0.05, 0.07, 0.15, 0.72],
-    ]
+    figure = """
+        .29  .18  .19  .19  .17
+        .05  .50  .15  .155 .15
+        .02  .08  .51  .17  .23
+        .03  .07  .505 .21  .19
+        .03  .07  .58  .19  .14
+        .03  .10  .575 .15  .15
+        .05  .12  .54  .18  .12
+        .02  .055 .10  .685 .14
+        .02  .05  .07  .15  .72"""
+    # Shares of five neighbouring levels in each stage, read off to about .01.
+    shares = np.array(figure.split(), dtype=float).reshape(9, 5)
     share = np.zeros((9, 9))  # [stage, level]
-    for stage, shares in enumerate(figure):
+    for stage in range(9):
         lowest = min(max(stage - 2, 0), 4)  # two levels on each side; at the ends those there are
-        share[stage, lowest : lowest + 5] = np.array(shares) / sum(shares)
+        share[stage, lowest : lowest + 5] = shares[stage] / shares[stage].sum()
     level = np.rint(np.array(difficulty, dtype=float) * 8).astype(int)
     level_size = np.bincount(level, minlength=9).astype(float)
     stage_size = level_size
@@ -277,7 +278,7 @@ def training_order(problems, config):
     if config.order == "random":
         random.Random(config.seed).shuffle(order)
     if config.order == "sorted":
-        if "difficulty" not in problems.column_names:
+        if None in problems["difficulty"]:
             raise ValueError("--order sorted needs the columns that the ladder command writes")
         order = np.lexsort((problems["complexity"], problems["difficulty"])).tolist()
     wanted = config.max_steps * config.prompts_per_step or len(order)
@@ -329,14 +330,15 @@ def slice_prompts(prompt, b):
     return chosen
 
 
-def model_inputs(model, prompt):
+def model_inputs(model, prompt, device=None):
     """Inputs of a forward pass over prompts, with rope positions [3,B,P] (time, height, width).
 
     Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
     """
+    device = device or model.device  # with --cpu_offload, weights wait in host memory
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    inputs = {name: prompt[name].to(model.device) for name in names if name in prompt}
-    kinds = prompt["mm_token_type_ids"].to(model.device)
+    inputs = {name: prompt[name].to(device) for name in names if name in prompt}
+    kinds = prompt["mm_token_type_ids"].to(device)
     inputs["position_ids"], _ = model.model.get_rope_index(mm_token_type_ids=kinds, **inputs)
     return inputs
 
@@ -429,8 +431,10 @@ def rollout(model, processor, problems, config) -> Rollouts:
     Prompts are encoded and sampled in chunks whose key/value cache fits --cache_gb even if all
     responses reach the cap, the longest prompts together, so that little of it is padding.
     """
-    model.eval()  # in training mode, gradient checkpointing drops the cache without an error
+    model.eval()  # no dropout while sampling
     B, G = len(problems), config.num_generations
+    if B == 0:
+        raise ValueError("--skip_bad has left no problem of this step")
     limit = config.cache_gb * 1e9 / (cache_bytes(model) * G)  # tokens of a chunk, once per prompt
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -583,7 +587,7 @@ class Policy(torch.nn.Module):
 def policy_log_probs(policy, rollouts, b, part, config):
     """Log-probabilities of the responses `part` to prompt b, [responses,T]; 0 in the padding."""
     response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part].bool()
-    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, b))
+    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, b), mask.device)
     row, predecessors = pack_group(inputs, response_ids, mask)
     log_probs = policy(row, predecessors, response_ids[mask], config.temperature)  # [N]
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
@@ -732,14 +736,14 @@ def update(state, rollouts, advantages, config):
     B, G, _ = mask.shape
     trained = [b for b in range(B) if advantages[b].any()]  # the others would move nothing
     firsts = range(0, max(gather(B)) * WORLD, config.minibatch_prompts)
-    old = reference = None
-    with torch.no_grad():
-        if len(firsts) > 1:  # with one, the policy that learns is still the one that sampled
-            with gathered(policy):
-                old = response_log_probs(policy, rollouts, config, trained)  # [B,G,T]
-        if config.kl_coef:
-            with reference_policy(state) as fixed:
-                reference = response_log_probs(fixed, rollouts, config, trained)
+    reference = None
+    with torch.no_grad(), gathered(policy):  # not the sampler's own numbers: those round otherwise
+        # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
+        # would prefetch another layer there than elsewhere, and all would wait for ever.
+        old = response_log_probs(policy, rollouts, config, trained or [0])  # [B,G,T]
+    if config.kl_coef:
+        with torch.no_grad(), reference_policy(state) as fixed:
+            reference = response_log_probs(fixed, rollouts, config, trained)
 
     policy.train()
     seen, norms = [], []
@@ -755,7 +759,7 @@ def update(state, rollouts, advantages, config):
             log_probs = policy_log_probs(policy, rollouts, b, part, config)
             loss, metrics = grpo_loss(
                 log_probs,
-                log_probs.detach() if old is None else old[b, part],
+                old[b, part],
                 None if reference is None else reference[b, part],
                 advantages[b, part],
                 mask[b, part],
@@ -825,6 +829,11 @@ def response_rows(problems, rollouts, scores):
     return rows
 
 
+def mean(rows, name):
+    """Mean of one value over some rows."""
+    return float(np.mean([row[name] for row in rows]))
+
+
 def score_problems(model, processor, problems, config, rollout=rollout, file=None):
     """A row of `response_rows` for each problem, with its difficulty and complexity.
 
@@ -832,19 +841,21 @@ def score_problems(model, processor, problems, config, rollout=rollout, file=Non
     rows are kept as they come, and a run that was killed goes on with those whose model, options,
     question, answer and pictures are the same.
     """
-    names = "model system_prompt observe temperature num_generations max_new_tokens max_pixels seed"
+    names = "model system_prompt observe temperature num_generations max_new_tokens min_pixels max_pixels seed"
     options = "/".join(str(getattr(config, name)) for name in names.split())
     keys = [f"{digest}/{options}" for digest in problems["digest"]]
     known = {}
     for log in file.parent.glob(f"{file.name}.*.jsonl") if file else ():
         known |= {row["key"]: row for row in read_log(log)}
+    gather(None)  # before anyone adds to the files
     if foreign := len(known.keys() - set(keys)):
         say(f"{file}: ignores {foreign} scores of other problems or options")
     firsts = range(0, len(keys), config.prompts_per_step)[RANK::WORLD]
     for first in tqdm(firsts, file and file.name or "evaluating", leave=False, disable=RANK > 0):
         numbers = range(first, min(first + config.prompts_per_step, len(keys)))
-        numbers = [number for number in numbers if keys[number] not in known]
-        batch = read_problems(problems, numbers, config)
+        if all(keys[number] in known for number in numbers):
+            continue
+        batch = read_problems(problems, numbers, config)  # whole: half would sample otherwise
         if not batch:
             continue
         set_seed(config.seed, first)
@@ -852,8 +863,9 @@ def score_problems(model, processor, problems, config, rollout=rollout, file=Non
         rows = response_rows(batch, rollouts, score_rollouts(rollouts, batch, config))
         for row, problem in zip(rows, batch):
             row["key"] = f"{problem['digest']}/{options}"
-            row["difficulty"] = 1 - np.mean([one["accuracy"] for one in row["responses"]])
-            row["complexity"] = np.mean([one["length"] for one in row["responses"]])
+            row["difficulty"] = 1 - mean(row["responses"], "accuracy")
+            row["complexity"] = mean(row["responses"], "length")
+        rows = [row for row in rows if row["key"] not in known]
         known |= {row["key"]: row for row in rows}
         if file:
             append_log(file.with_name(f"{file.name}.{RANK}.jsonl"), rows)
@@ -873,8 +885,8 @@ def evaluate(model, processor, problems, config, rollout=rollout):
     result = {
         "accuracy": accuracy.mean(),
         "interval": [accuracy.mean() - half, accuracy.mean() + half],
-        "format": np.mean([one["format"] for row in rows for one in row["responses"]]),
-        "response_length": np.mean([row["complexity"] for row in rows]),
+        "format": np.mean([mean(row["responses"], "format") for row in rows]),
+        "response_length": mean(rows, "complexity"),
         "n": len(rows),
     }
     return result, rows
@@ -886,7 +898,7 @@ def evaluate_model(config):
         processor, problems = start(config, output)
         result, rows = evaluate(load_model(config, trained=False), processor, problems, config)
         if RANK == 0:
-            append_log(output / "responses.jsonl", rows)
+            append_log(output / "responses.jsonl", rows, "w")
         return write_summary(output / "eval.json", result)
 
 
@@ -900,31 +912,38 @@ def ladder(config):
         model = load_model(blind, trained=False)
         rows = score_problems(model, processor, checkable, blind, file=output / "clean")
         problems = checkable.select([row["row"] for row in rows if row["difficulty"] == 1])
+        del model  # before the next one is loaded
         model = load_model(config, trained=False)
         rows = score_problems(model, processor, problems, config, file=output / "scores")
+        if RANK:
+            return {}  # the first process writes the rest
 
-        scored = problems.select([row["row"] for row in rows])
-        for name in ("difficulty", "complexity"):
-            scored = scored.remove_columns(name).add_column(name, [row[name] for row in rows])
-        kept = scored.select(select_problems(scored["difficulty"], scored["complexity"]))
-        order, stage = mix_ladder(kept["difficulty"], kept["complexity"], config.seed)
-        mixed = kept.select(order).remove_columns(["stage", "digest", "fault", "pictures"])
-        mixed = mixed.flatten_indices().add_column("stage", stage)
-        never = [row for row in rows if row["difficulty"] == 1]  # perhaps the answer is wrong
-        for row in never:
+        never_solved = [
+            row for row in rows if row["difficulty"] == 1
+        ]  # perhaps the answer is wrong
+        for row in never_solved:
             answers = [rewards.extract_answer(one["text"]) for one in row["responses"]]
             row["commonest"] = max(answers, key=answers.count)
-        if RANK == 0:
-            mixed.to_parquet(output / "ladder.parquet")
-            append_log(output / "never_solved.jsonl", never)
-        level = np.rint(np.array(mixed["difficulty"]) * 8).astype(int)
+        append_log(output / "never_solved.jsonl", never_solved, "w")
+        kept = select_problems(*([row[name] for row in rows] for name in LADDER[:2]))
+        rows = [rows[i] for i in kept]
+        order, stage = mix_ladder(
+            *([row[name] for row in rows] for name in LADDER[:2]), config.seed
+        )
+        rows = [{**rows[i], "stage": s} for i, s in zip(order, stage)]
+        mixed = problems.select([row["row"] for row in rows])
+        mixed = mixed.select_columns(["id", "images", "question", "answer", "category"])
+        for name in LADDER:
+            mixed = mixed.add_column(name, [row[name] for row in rows])
+        mixed.to_parquet(output / "ladder.parquet")
+        level = [round(8 * row["difficulty"]) for row in rows]
         summary = {
             "raw": len(raw),
             "uncheckable": len(raw) - len(checkable),
             "solved_without_reasoning": len(checkable) - len(problems),
-            "not_selected": len(problems) - len(mixed),
-            "ladder": len(mixed),
-            "never_solved": len(never),
+            "not_selected": len(problems) - len(rows),
+            "ladder": len(rows),
+            "never_solved": len(never_solved),
             "levels": np.bincount(level, minlength=9).tolist(),
             "stages": np.bincount(stage, minlength=9).tolist(),
         }
@@ -949,7 +968,10 @@ def start(config, output):
     if config.deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    kind = transformers.AutoConfig.from_pretrained(config.model).model_type
+    try:
+        kind = transformers.AutoConfig.from_pretrained(config.model).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {config.model}: {error}") from error
     if kind != "qwen2_5_vl":
         raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
@@ -993,7 +1015,10 @@ def prepare(config, output, rollout):
             say(f"warning: {len(common)} held-out problems are training problems as well")
     order = training_order(problems, config)
     steps = np.array_split(order, math.ceil(len(order) / config.prompts_per_step))
+    if len(steps[-1]) < WORLD:
+        raise ValueError(f"a step of {len(steps[-1])} problems for {WORLD} processes")
 
+    set_seed(config.seed)  # adapters start at random
     model = load_model(config, trained=not config.lora_rank)
     model.model.visual.requires_grad_(not config.freeze_vision)
     adapters = add_adapters(model, config) if config.lora_rank else None
@@ -1011,6 +1036,7 @@ def prepare(config, output, rollout):
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
     )
+    optimizer.step()  # moves nothing yet; without it, torch warns if the first update is skipped
     steps = [step.tolist() for step in steps]
     state = TrainState(
         policy, reference, adapters, processor, problems, held_out, steps, optimizer, scheduler
@@ -1026,8 +1052,7 @@ def prepare(config, output, rollout):
     if RANK == 0:
         for name in ("metrics.jsonl", "rollouts.jsonl"):  # without what came after the checkpoint
             rows = [row for row in read_log(output / name) if row["step"] <= state.step]
-            (output / name).unlink(missing_ok=True)
-            append_log(output / name, rows)
+            append_log(output / name, rows, "w")
     state.before = state.before or measure(state, config, rollout)
     return state
 
@@ -1047,7 +1072,13 @@ def measure(state, config, rollout):
         return {}
     with gathered(state.policy):
         model = state.policy.model
-        return evaluate(model, state.processor, state.held_out, config, rollout)[0]
+        result, rows = evaluate(model, state.processor, state.held_out, config, rollout)
+    if RANK == 0:  # always the same two problems, to compare responses before and after
+        for row in rows[:2]:
+            images = state.held_out[row["row"]]["images"]
+            row |= {"step": state.step, "held_out": True, "pictures": list(map(data_uri, images))}
+        append_log(Path(config.output_dir) / "rollouts.jsonl", rows[:2])
+    return result
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -1057,7 +1088,15 @@ def measure(state, config, rollout):
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 LADDER = ("difficulty", "complexity", "stage")
 OURS = {"images", "image", "question", "problem", "answer", "solution", "id", "category"}
-SUSPECT = re.compile("ima?ge?|pic|photo|video|option|choice", re.IGNORECASE)
+SUSPECT = re.compile(  # columns that hold pictures or options, by name, type or content
+    r"^\S*(ima?ge?|picture|photo|figure|diagram|video|option|choice)|^[a-f] |'binary'|Image\("
+    r"|\.(png|jpe?g|gif|webp|bmp|tiff?)\b|data:image",
+    re.IGNORECASE,
+)
+MARKS = re.compile(r"<(?:image|img|picture|video|audio)[^<>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE)
+WRAPPED = re.compile(
+    r"</?(answer|think|solution)>|\\boxed|####|^[\[{]\s*['\"]|\banswer( is\b|\W*:)", re.IGNORECASE
+)
 CONVERT = "`python tools/convert.py` reads other layouts"
 UNUSABLE = (ValueError, TypeError, KeyError, OSError, SyntaxError, Image.DecompressionBombError)
 
@@ -1071,6 +1110,10 @@ def read_table(source, split, subset, folder):
         raise ValueError(f"{source}: there is no such file or folder")
     if path.is_file() and not reader:
         raise ValueError(f"{source}: none of {', '.join(READERS)}; {CONVERT}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{source}: is empty")
+    if path.is_file() and subset:
+        say(f"{source}: --subset is for hub data sets and ignored")
     file = glob.escape(source) if path.is_file() else None  # brackets in its name are no pattern
     how = {"split": split, "data_files": file, "cache_dir": folder}
     try:
@@ -1095,7 +1138,7 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
     """
     config = config or Config()
     scratch = tempfile.TemporaryDirectory()
-    file = Path(folder or scratch.name) / "problems.arrow"
+    folder = Path(folder or scratch.name) / "problems"
     if RANK == 0:
         table = read_table(source, split, config.subset, scratch.name)
         names = set(table.column_names)
@@ -1103,16 +1146,21 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
         for one, other in (("question", "problem"), ("answer", "solution")):
             if not names & {one, other}:
                 raise ValueError(f"{source}: no column {one!r} among {sorted(names)}; {CONVERT}")
-        if suspect := [name for name in names - used if SUSPECT.search(name)]:
+        ignored = sorted(names - used)
+        first = table.select_columns(ignored)[:20] if ignored else {}
+        shown = {name: f"{name} {table.features[name]} {first[name]}" for name in ignored}
+        if suspect := [name for name in ignored if SUSPECT.search(shown[name])]:
             raise ValueError(f"{source}: columns {suspect} would be ignored; {CONVERT}")
-        if ignored := sorted(names - used):
+        if ignored:
             say(f"{source}: ignores the columns {', '.join(ignored)}")
         path = Path(source)
         how = {"config": config, "processor": processor, "ladder": used >= set(LADDER)}
-        how["folder"] = path.parent if path.is_file() else path
-        file.parent.mkdir(parents=True, exist_ok=True)
+        how |= {"source": source, "folder": path.parent if path.is_file() else path}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         features = dict.fromkeys(
-            ("id", "question", "answer", "category", "digest", "fault"), datasets.Value("string")
+            ("id", "question", "answer", "category", "digest", "place", "fault"),
+            datasets.Value("string"),
         )
         features |= dict.fromkeys(LADDER, datasets.Value("float64"))
         features |= {"images": datasets.List(datasets.Image()), "pictures": datasets.Value("int64")}
@@ -1122,14 +1170,16 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
             fn_kwargs=how,
             remove_columns=list(names),
             features=datasets.Features(features),
-            cache_file_name=str(file),
+            cache_file_name=str(folder / "rows.arrow"),
             load_from_cache_file=False,
+            writer_batch_size=50,  # rows that are held in memory at a time
             num_proc=os.cpu_count() if config.check else None,
         )
-    gather(None)  # the others wait for the file
-    problems = datasets.Dataset.from_file(str(file))
+    gather(None)  # the others wait for the files, of which each process of `map` writes one
+    files = sorted(folder.glob("*.arrow"))
+    problems = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     faults = problems["fault"][:]
-    report_faults(source, [fault for fault in faults if fault], config)
+    report_faults([fault for fault in faults if fault], config, say)
     problems = problems.select([row for row, fault in enumerate(faults) if not fault])
     if not len(problems):
         raise ValueError(f"{source}: holds no problems")
@@ -1140,7 +1190,7 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
     return problems
 
 
-def read_row(row, number, folder, ladder, config, processor):
+def read_row(row, number, source, folder, ladder, config, processor):
     """One row in our columns. `fault` says why it cannot be used, if it cannot."""
     name = row.get("id")
     problem = {
@@ -1149,21 +1199,32 @@ def read_row(row, number, folder, ladder, config, processor):
         "pictures": 0,
         "images": [],
     }
+    problem["place"] = f"{source}: row {number} (id {problem['id']})"
     problem["category"] = str(row.get("category") or "")
-    problem["question"] = str(row.get("question") or row.get("problem") or "")
+    question = row.get("question") or row.get("problem") or ""
+    problem["question"] = str(question)
     gold = row.get("answer", row.get("solution"))
     problem["answer"] = "" if gold is None else str(gold).strip()
     digest = hashlib.sha256(f"{problem['question']}\0{problem['answer']}".encode())
-    problem |= {name: row[name] if ladder else None for name in LADDER}
+    problem |= dict.fromkeys(LADDER)
     try:
+        for value in (question, gold):
+            if isinstance(value, list | dict | bytes):
+                raise TypeError(f"{str(value)[:60]} is no text; {CONVERT}")
+        if ladder:
+            problem |= {name: float(row[name]) for name in LADDER}
+            if not 0 <= problem["difficulty"] <= 1 <= problem["complexity"]:
+                raise ValueError("difficulty is no share from 0 to 1, or complexity no length")
         if row.get("images") and row.get("image"):
             raise ValueError("both `image` and `images` hold pictures")
         pictures = row.get("images") or row.get("image") or []
         opened = []
         for picture in pictures if isinstance(pictures, list) else [pictures]:
-            if isinstance(picture, str):
-                picture = {"path": picture}
-            content = picture.get("bytes") or (folder / picture["path"]).read_bytes()
+            stored = picture if isinstance(picture, dict) else {"path": picture}
+            content, file = stored.get("bytes"), stored.get("path")
+            if not content and not isinstance(file, str):
+                raise ValueError(f"{str(picture)[:60]} is no path of a picture; {CONVERT}")
+            content = content or (folder / file).read_bytes()
             opened.append(Image.open(io.BytesIO(content)))  # reads the header alone
             if config.check:
                 opened[-1].load()
@@ -1171,8 +1232,7 @@ def read_row(row, number, folder, ladder, config, processor):
             digest.update(content)
         check_problem({**problem, "images": opened}, config, processor)
     except UNUSABLE as error:
-        fault = f"row {number} (id {problem['id']}): {str(error)[:300]}"
-        problem |= {"fault": fault, "images": []}
+        problem |= {"fault": f"{problem['place']}: {str(error)[:300]}", "images": []}
     return problem | {"digest": digest.hexdigest(), "pictures": len(problem["images"])}
 
 
@@ -1186,13 +1246,15 @@ def check_problem(problem, config, processor):
     question, gold, pictures = problem["question"], problem["answer"], problem["images"]
     if not question.strip() or not gold:
         raise ValueError("the question or the answer is empty")
-    if re.search(r"</?answer>|\\boxed|####|^\[['\"]", gold):
+    if WRAPPED.search(gold):
         raise ValueError(f"the answer {gold[:60]!r} holds more than an answer; {CONVERT}")
-    marks = question.count(MARK)
-    if marks not in (0, len(pictures)):
-        raise ValueError(f"{marks} marks {MARK} in the question for {len(pictures)} pictures")
-    if problem["difficulty"] is not None and not 0 <= problem["difficulty"] <= 1:
-        raise ValueError(f"difficulty {problem['difficulty']} is no share from 0 to 1")
+    if any(picture.mode in ("F", "I") and picture.format != "PNG" for picture in pictures):
+        raise ValueError(f"nothing says which number is white in its picture; {CONVERT}")
+    marks = MARKS.findall(question)
+    if foreign := set(marks) - {MARK}:
+        raise ValueError(f"{foreign} in the question is no {MARK}; {CONVERT}")
+    if len(marks) not in (0, len(pictures)):
+        raise ValueError(f"{len(marks)} marks {MARK} in the question for {len(pictures)} pictures")
     if not processor:
         return
     tokens = processor.tokenizer.added_tokens_decoder.values()
@@ -1206,13 +1268,13 @@ def check_problem(problem, config, processor):
         )
 
 
-def report_faults(source, faults, config):
+def report_faults(faults, config, show):
     """ValueError that lists the rows that cannot be used; with --skip_bad they are only shown."""
-    text = f"{source}: {len(faults)} rows cannot be used:\n  " + "\n  ".join(faults[:20])
+    text = f"{len(faults)} rows cannot be used:\n  " + "\n  ".join(faults[:20])
     if faults and not config.skip_bad:
         raise ValueError(f"{text}\n--skip_bad true leaves them out")
     if faults:
-        say(text)
+        show(text)
 
 
 def read_problems(problems, rows, config):
@@ -1222,8 +1284,8 @@ def read_problems(problems, rows, config):
         try:
             read.append(problems[row])
         except UNUSABLE as error:
-            faults.append(f"row {row} (id {problems['id'][row]}): {error}")
-    report_faults(config.data, faults, config)
+            faults.append(f"{problems['place'][row]}: {error}")
+    report_faults(faults, config, print)  # of this process: the others read other rows
     return read
 
 
@@ -1266,7 +1328,10 @@ def set_seed(*numbers):
 def pick_device(config):
     """--device, else this process's accelerator, else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    kind = config.device or (found.type if found else "cpu")
+    best = found.type if found else "cpu"
+    kind = config.device or best
+    if kind not in (best, "cpu"):
+        raise ValueError(f"--device {kind}: this machine has none, or by another name than {best}")
     return torch.device(kind, 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -1323,13 +1388,8 @@ def gathered(policy):
 # A checkpoint holds what is trained, its moments and the position in the run. Random states are no
 # part of it: each step seeds its own.
 
-RESULTS = (
-    "metrics.jsonl",
-    "responses.jsonl",
-    "never_solved.jsonl",
-    "summary.json",
-    "rollouts.jsonl",
-)
+RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
+scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*""".split()
 MAY_CHANGE = (
     "resume",
     "overwrite",
@@ -1340,7 +1400,7 @@ MAY_CHANGE = (
     "eval_steps",
 )
 PROGRESS = ("step", "optimizer_step", "bad_updates", "before")
-TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)
+TRAINED = sharded.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def identity(state, config):
@@ -1353,6 +1413,8 @@ def identity(state, config):
 def tensors_of(state):
     """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
     model, optimizer = sharded.get_state_dict(state.policy, state.optimizer, options=TRAINED)
+    once = dict(state.policy.named_parameters())  # without the second name of a tied weight
+    model = {name: weight for name, weight in model.items() if name in once}
     return {"model": model, "optimizer": optimizer}
 
 
@@ -1364,6 +1426,7 @@ def save_checkpoint(state, output, config):
         folder.mkdir()
         progress = {name: getattr(state, name) for name in PROGRESS}
         progress |= {"scheduler": state.scheduler.state_dict(), "identity": identity(state, config)}
+        progress["processes"] = WORLD
         (folder / "state.json").write_text(json.dumps(progress))
     gather(None)  # the others wait for the folder
     sharded_files.save(tensors_of(state), checkpoint_id=folder)
@@ -1373,16 +1436,20 @@ def save_checkpoint(state, output, config):
 
 def restore(state, output, config):
     """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
+    damaged = []
     for folder in map(Path, reversed(sort_checkpoints(output))):
         tensors = tensors_of(state)
         try:
             saved = json.loads((folder / "state.json").read_text())
-            sharded_files.load(tensors, checkpoint_id=folder)
+            old, new = saved["identity"], identity(state, config)
+            changed = [f"--{name}" for name in new if new[name] != old.get(name)]
+            if not changed:
+                sharded_files.load(tensors, checkpoint_id=folder)
         except (OSError, ValueError, sharded_files.api.CheckpointException) as error:
-            say(f"warning: {folder} is damaged and passed over: {error}")
+            say(f"warning: {folder} is damaged and passed over: {last_line(error)}")
+            damaged.append(folder)
             continue
-        old, new = saved["identity"], identity(state, config)
-        if changed := [f"--{name}" for name in new if new[name] != old.get(name)]:
+        if changed:
             raise ValueError(
                 f"{folder} cannot go on: {', '.join(changed)} (or the content of the file) changed "
                 "since; put it back, or name another --output_dir"
@@ -1397,8 +1464,19 @@ def restore(state, output, config):
         state.scheduler.load_state_dict(saved["scheduler"])
         for name in PROGRESS:
             setattr(state, name, saved[name])
+        if saved["processes"] != WORLD:
+            say(f"warning: {WORLD} processes instead of {saved['processes']}: other samples")
+        for newer in damaged if RANK == 0 else ():
+            shutil.rmtree(newer)  # or it would be kept instead of whole ones
         return say(f"goes on after step {state.step}, from {folder}")
+    if list(output.glob("checkpoint-*/.metadata")):  # weights may be half loaded
+        raise ValueError(f"{output}: no checkpoint can be read; --overwrite true starts anew")
     say(f"{output} holds no whole checkpoint: starts from the beginning")
+
+
+def last_line(error):
+    """The message of an error; that of a CheckpointException ends a printed traceback."""
+    return str(error).strip().splitlines()[-1]
 
 
 def save_final(state, folder, config):
@@ -1408,13 +1486,12 @@ def save_final(state, folder, config):
     if RANK:
         return
     model = load_model(replace(config, device="cpu"), trained=False)
-    model = model.to(getattr(torch, config.save_dtype))
     adapters = add_adapters(model, config) if config.lora_rank else None
     Policy(model).load_state_dict(weights, strict=False)
     if adapters:
         adapters.save_pretrained(folder / "adapter")
         model = adapters.merge_and_unload()
-    model.save_pretrained(folder)
+    model.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
     state.processor.save_pretrained(folder)
 
 
@@ -1428,12 +1505,11 @@ def run_folder(config):
     output.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output / f".lock{RANK}", blocking=False)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout as error:
         raise ValueError(f"{output} is in use by another run") from error
-    with lock:
-        found = [output / name for name in RESULTS if (output / name).exists()]
-        found += map(Path, sort_checkpoints(output))
+    with held:
+        found = [path for name in RESULTS for path in output.glob(name)]
         if found and RANK == 0 and not config.resume:
             if not config.overwrite:
                 raise ValueError(
@@ -1449,29 +1525,28 @@ def stop_on_signals():
     """An empty list that Ctrl-C or SIGTERM fills: finish the step, save, leave. Twice: at once."""
     received = []
 
-    def note(*signal_and_frame):
-        received.append(signal_and_frame)
-        end_on_signals()
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
 
-    end_on_signals(note)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     return received
 
 
-def end_on_signals(handler=signal.default_int_handler):
-    """Let Ctrl-C and SIGTERM call the handler; the default one raises KeyboardInterrupt."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-
-
 def read_log(file):
-    """The rows of a .jsonl file, none if there is no file; a kill may have left half a line."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a .jsonl file, none if there is no file; half a line, left by a kill, is cut."""
+    text = file.read_text() if file.exists() else ""
+    whole = text.rfind("\n") + 1
+    if whole < len(text):
+        os.truncate(file, whole)
+    return [json.loads(line) for line in text[:whole].splitlines()]
 
 
-def append_log(file, rows):
-    """Add rows to a .jsonl file."""
-    with open(file, "a") as log:
+def append_log(file, rows, mode="a"):
+    """Add rows to a .jsonl file, or with mode "w" replace it."""
+    with open(file, mode) as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -1495,27 +1570,28 @@ def data_uri(image):
 def log_step(progress, output, state, problems, rollouts, scores, advantages, metrics, config):
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
     rows = response_rows(problems, rollouts, {**scores, "advantage": advantages})
-    all_rows = [row for part in gather(rows) for row in part]
+    groups = [row for part in gather(rows) for row in part]
     if RANK:
         return
-    responses = [one for row in all_rows for one in row["responses"]]
-    means = {
-        name: np.mean([one[name] for one in responses]) for name in responses[0] if name != "text"
-    }
-    length = means.pop("length")
-    cut = [one["length"] >= config.max_new_tokens for one in responses]
-    skipped = [not any(one["advantage"] for one in row["responses"]) for row in all_rows]
-    weights = [row["weight"] for row in all_rows]
+    responses = [one for row in groups for one in row["responses"]]
+    for one in responses:
+        one["truncated"] = one["length"] >= config.max_new_tokens
+    for row in groups:
+        row["zero_weight"] = row["weight"] == 0
+        row["skipped"] = not any(one["advantage"] for one in row["responses"])
+    names = ("reward", "accuracy", "format", "bonus")
+    means = {name: mean(responses, name) for name in names}
+    if None not in [row["difficulty"] for row in groups]:  # measured when the ladder was made
+        means["difficulty"] = mean(groups, "difficulty")
     metrics = {
         "step": state.step,
         "total_steps": len(state.steps),
         **means,
-        "response_length": length,
-        "truncated_fraction": np.mean(cut),
-        "weight": np.mean(weights),
-        "zero_weight_fraction": np.mean([weight == 0 for weight in weights]),
-        "skipped_fraction": np.mean(skipped),
-        "difficulty": np.mean([row["difficulty"] or 0 for row in all_rows]),
+        "response_length": mean(responses, "length"),
+        "truncated_fraction": mean(responses, "truncated"),
+        "weight": mean(groups, "weight"),
+        "zero_weight_fraction": mean(groups, "zero_weight"),
+        "skipped_fraction": mean(groups, "skipped"),
         **metrics,
     }
     append_log(output / "metrics.jsonl", [metrics])
@@ -1574,13 +1650,17 @@ def parse_arguments(arguments):
     if command not in COMMANDS:
         raise ValueError(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
     title = f"observe_r1.py {command}"
-    parser = transformers.HfArgumentParser(Config, prog=title, allow_abbrev=False)
+    usage = f"{title} [--OPTION VALUE] ...; --help lists the options"
+    parser = transformers.HfArgumentParser(Config, prog=title, usage=usage, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
     (config,) = parser.parse_args_into_dataclasses(options)
     if config.config:
-        (base,) = parser.parse_json_file(config.config)  # refuses options that do not exist
+        try:
+            (base,) = parser.parse_json_file(config.config)  # refuses options that do not exist
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"--config {config.config}: {error}") from error
         for name in ("model", "data", "eval_data"):  # a path may start at the file's own folder
             path = Path(config.config).parent / getattr(base, name)
             if getattr(base, name) and path.exists():
@@ -1593,8 +1673,9 @@ def parse_arguments(arguments):
 
 def main():
     """Run one command; a mistake that a user can mend ends in one line instead of a traceback."""
-    end_on_signals()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in one line, as Ctrl-C does
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors end in ours
     transformers.utils.logging.disable_progress_bar()
     try:
         command, config = parse_arguments(sys.argv[1:])
@@ -1603,6 +1684,8 @@ def main():
         raise SystemExit("observe_r1: stopped; what was written so far is kept") from None
     except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"observe_r1: {error}") from error
+    except sharded_files.api.CheckpointException as error:
+        raise SystemExit(f"observe_r1: no checkpoint written: {last_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise SystemExit(
             f"observe_r1: {error}\nWhat helps, the most effective first: --lora_rank 64, a smaller "

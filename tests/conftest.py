@@ -1,0 +1,157 @@
+"""What all tests share: the script on sys.path, no network, the toy's model, problems, options."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import observe_r1
+
+TOY = ROOT / "toy"
+
+# What our own calls must not cause: the message of a deprecation that a library of ours gives.
+OUTDATED = r"(?s).*(transformers|torch|datasets|past_key_values|_enable|deprecat|will be removed)"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless `-m slow` asks for it")
+    for category in ("FutureWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"error:{OUTDATED}:{category}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run only when -m names them."""
+    if "slow" in (config.option.markexpr or ""):
+        return
+    skip = pytest.mark.skip(reason="pytest -m slow runs it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return transformers.AutoProcessor.from_pretrained(TOY / "model")
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    return model_class.from_pretrained(TOY / "model", dtype=torch.float32)
+
+
+@pytest.fixture
+def model(toy_model):
+    """A copy of the toy's model, so that a test may train it."""
+    return copy.deepcopy(toy_model)
+
+
+def toy_config(**options):
+    """The toy's options, small enough for a test."""
+    config = observe_r1.parse_arguments(["train", "--config", str(TOY / "config.json")])[1]
+    small = {"config": "", "num_generations": 4, "max_new_tokens": 48, "minibatch_prompts": 2}
+    return replace(config, **{**small, **options})
+
+
+def run_config(data, output, **options):
+    """A run of a few steps of four prompts, saved every second step, without held-out problems."""
+    small = {"data": str(data), "output_dir": str(output), "prompts_per_step": 4}
+    small |= {"eval_data": "", "eval_steps": 0, "save_steps": 2, "keep_checkpoints": 0}
+    return toy_config(**{**small, "max_new_tokens": 128, "overwrite": False, **options})
+
+
+@pytest.fixture
+def config():
+    return toy_config()
+
+
+def toy_problems():
+    """One, three and two digits, a question without a picture and one with two."""
+    rows = list(observe_r1.load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
+    strip, tall = rows[0]["images"][0], Image.linear_gradient("L").resize((84, 56))
+    text = {"id": "text", "images": [], "question": "What is 3+4?", "answer": "7"}
+    # A picture of several rows takes fewer rope positions than tokens: 6 tokens, 3 positions.
+    two = {"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"}
+    return [*rows, text, two]
+
+
+@pytest.fixture
+def problems():
+    return toy_problems()
+
+
+@pytest.fixture
+def few(tmp_path):
+    """24 toy problems with scores of old, one of them with a gold that no rule can check."""
+    rows = observe_r1.load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
+    rows = rows.remove_columns(["digest", "place", "fault", "pictures"]).to_list()
+    rows[3]["answer"] = "N/A"
+    file = tmp_path / "raw.parquet"
+    write_parquet(file, rows)
+    return str(file)
+
+
+def write_parquet(file, rows):
+    """Rows with embedded pictures ({"bytes", "path"}) as a data set that says they are pictures."""
+    table = datasets.Dataset.from_list(rows)
+    for name in ("images", "image"):
+        if name in table.column_names:
+            feature = datasets.Image()
+            feature = datasets.List(feature) if name == "images" else feature
+            table = table.cast_column(name, feature)
+    table.to_parquet(file)
+    return str(file)
+
+
+def write_jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def read_jsonl(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def command_line(config):
+    """The options of a Config as words for a command line."""
+    return [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
+
+
+def run_python(*words, cwd, timeout=170, **environment):
+    """Run Python in a process of its own, on one thread."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        check=False,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=timeout,
+    )
+
+
+def run_script(*words, cwd, **options):
+    """Run the script in a process of its own."""
+    return run_python(ROOT / "observe_r1.py", *words, cwd=cwd, **options)
+
+
+def torchrun(*words, cwd, processes=2, **options):
+    """Run a script in several processes."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    return run_python(*launch, *words, cwd=cwd, **options)
