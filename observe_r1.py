@@ -1389,15 +1389,9 @@ def gathered(policy):
 # part of it: each step seeds its own.
 
 RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
-scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*""".split()
+scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*"""
 MAY_CHANGE = (
-    "resume",
-    "overwrite",
-    "config",
-    "output_dir",
-    "save_steps",
-    "keep_checkpoints",
-    "eval_steps",
+    "resume overwrite config output_dir save_steps keep_checkpoints eval_steps cache_gb token_budget check"
 )
 PROGRESS = ("step", "optimizer_step", "bad_updates", "before")
 TRAINED = sharded.StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -1405,7 +1399,9 @@ TRAINED = sharded.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def identity(state, config):
     """What must be the same when a run goes on: the options and the content of the data."""
-    options = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    options = {
+        name: value for name, value in asdict(config).items() if name not in MAY_CHANGE.split()
+    }
     content = hashlib.sha256("".join(state.problems["digest"]).encode())
     return options | {"data": content.hexdigest()}
 
@@ -1509,7 +1505,7 @@ def run_folder(config):
     except filelock.Timeout as error:
         raise ValueError(f"{output} is in use by another run") from error
     with held:
-        found = [path for name in RESULTS for path in output.glob(name)]
+        found = [path for name in RESULTS.split() for path in output.glob(name)]
         if found and RANK == 0 and not config.resume:
             if not config.overwrite:
                 raise ValueError(
