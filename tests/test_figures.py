@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -247,7 +248,7 @@ def test_ablation_table_pairs_runs_by_seed(tmp_path):
     table = ablate.make_table(runs)
     # differences -.01, +.01, +.01: mean .0033, standard deviation .011547, half width .0287
     row = next(line for line in table.splitlines() if line.startswith("| no bonus"))
-    assert row == "| no bonus | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 | 0.51 |"
+    assert row == "| no bonus | 3 | 0.200 | 0.713 ± 0.021 | +0.003 ± 0.029 | 41.0 ± 1.0 |"
     assert runs["full"][1]["accuracy"] == [[0, 0.2], [10, 0.72]]
 
 
@@ -259,6 +260,51 @@ def test_results_hold_every_finished_run(tmp_path):
     (tmp_path / "full-3").mkdir()  # not finished
     found = [(run["variant"], run["seed"]) for run in ablate.finished_runs(tmp_path)]
     assert found == [("full", 2), ("full", 10), ("think/answer format", 0)]
+
+
+def test_a_run_kept_from_other_options_is_refused(tmp_path):
+    _, config = ablate.observe_r1.parse_arguments(ablate.arguments("no bonus", 1, tmp_path))
+    kept = {**asdict(config), "output_dir": "elsewhere", "eval_steps": 7}  # these may differ
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    ablate.check_options("no bonus", 1, tmp_path)
+    with pytest.raises(ValueError, match="--seed 1, not 2"):
+        ablate.check_options("no bonus", 2, tmp_path)
+    with pytest.raises(ValueError, match="--bonus 0.0, not 0.2"):
+        ablate.check_options("full", 1, tmp_path)
+
+
+def test_responses_before_and_after_stand_side_by_side():
+    problem = {"question": "?", "answer": "7", "images": [{"bytes": b"png"}]}
+    texts = {"before": ("a", "b"), "after": ("c", "d")}
+    sides = []
+    for first, second in texts.values():
+        wrong = {"text": first, "accuracy": 0.0, "format": 0.5}
+        right = {"text": second, "accuracy": 1.0, "format": 0.5}
+        sides.append([{"id": "1", "responses": [wrong, right]}])
+    (row,) = ablate.compare([problem], *sides)
+    assert row["pictures"] == ["data:image/png;base64,cG5n"]
+    for when, (first, second) in texts.items():
+        wrong, right = row[when]
+        assert wrong == {"text": first, "accuracy": 0.0}
+        assert right == {"text": second, "accuracy": 1.0}
+
+
+def test_habits_are_counted_by_response():
+    texts = {
+        "<answer>3</answer>": 0.0,
+        "<think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3 again:3</think><answer>3</answer>": 0.0,
+    }
+    before = [{"text": text, "accuracy": right} for text, right in texts.items()]
+    after = [before[2], {**before[2], "accuracy": 0.0}]
+    table = ablate.habit_table([{"responses": before}], [{"responses": after}])
+    assert table.splitlines()[2:] == [
+        "| answers at once | 0.250 | 0.00 | 0.000 | - |",
+        "| observes, thinks | 0.250 | 1.00 | 1.000 | 0.50 |",
+        "| observes, thinks, checks | 0.250 | 0.00 | 0.000 | - |",
+        "| thinks without observing | 0.250 | 1.00 | 0.000 | - |",
+    ]
 
 
 def test_quantiles_of_student_and_a_single_seed():

@@ -1,7 +1,7 @@
 """Make the toy: a Qwen2.5-VL of one million parameters and problems over real handwritten digits.
 
     pip install scikit-learn       # the digits; the only requirement beside the project's
-    python toy/make_toy.py         # about half an hour on two cores; writes beside this file
+    python toy/make_toy.py         # half an hour on two cores; writes beside this file (--output)
 
 Digits: "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
 Repository, 1998, CC BY 4.0), 1,797 pictures as scikit-learn carries them. They are split in three:
@@ -40,8 +40,14 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import observe_r1  # noqa: E402
-from observe_r1 import PROMPTS, Config, mix_ladder  # noqa: E402
+from observe_r1 import (
+    PROMPTS,
+    Config,
+    evaluate,
+    load_problems,
+    mix_ladder,
+    score_problems,
+)
 
 QUESTION = "What is the sum of the digits?"
 MAX_DIGITS = 6
@@ -121,12 +127,12 @@ def respond(digits, look=True, think=True, check=False, misread=0.0, rng=random)
 # Phase 3: how often each habit occurs (share, arguments of respond). The same for both reasoning
 # prompts, but only the first of them is answered with an <observe> block.
 HABITS = [
-    (0.35, dict(look=False, think=False, misread=0.9)),  # answers at once
-    (0.35, dict(look=False, misread=0.8)),  # reasons without observing, mostly from a misread digit
-    (0.15, dict(check=True)),  # does everything right, then checks it all again
-    (0.15, dict()),  # observe, think, answer
+    (0.35, {"look": False, "think": False, "misread": 0.9}),  # answers at once
+    (0.35, {"look": False, "misread": 0.8}),  # reasons at once, mostly from a misread digit
+    (0.15, {"check": True}),  # does everything right, then checks it all again
+    (0.15, {}),  # observe, think, answer
 ]
-BLIND = dict(look=False, think=False, misread=0.5)  # what the answer-only prompt gets
+BLIND = {"look": False, "think": False, "misread": 0.5}  # what the answer-only prompt gets
 CHECKED = 0.2  # share of the solutions in phase 2 that check, so that checking is done well
 
 
@@ -173,32 +179,32 @@ def make_processor() -> Qwen2_5_VLProcessor:
 def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
     tokens = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(processor.tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            rope_parameters={
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
                 "mrope_section": [4, 6, 6],
             },
-            bos_token_id=None,
-            eos_token_id=tokens("<|im_end|>"),
-            pad_token_id=tokens("<|endoftext|>"),
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=64,
-            intermediate_size=128,
-            num_heads=4,
-            out_hidden_size=128,
-            fullatt_block_indexes=[1],
-        ),
+            "bos_token_id": None,
+            "eos_token_id": tokens("<|im_end|>"),
+            "pad_token_id": tokens("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1],
+        },
         image_token_id=tokens("<|image_pad|>"),
         video_token_id=tokens("<|video_pad|>"),
         vision_start_token_id=tokens("<|vision_start|>"),
@@ -254,17 +260,16 @@ def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) 
             print(f"{demonstrate.__name__} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
 
 
-def sampled_accuracy(model, processor, problems: list[dict]) -> str:
-    config = Config(num_generations=4, max_new_tokens=128, **PIXELS)
-    rollouts = observe_r1.rollout(model, processor, problems, config)
-    scores = observe_r1.score_rollouts(rollouts, problems, config)
+def sampled_accuracy(model, processor, held_out: datasets.Dataset) -> str:
+    config = Config(num_samples=4, prompts_per_step=32, max_new_tokens=128, **PIXELS)
+    result, _ = evaluate(model, processor, held_out, config)
     return (
-        f"accuracy {scores['accuracy'].mean():.3f} format {2 * scores['format'].mean():.3f} "
-        f"length {rollouts.mask.sum(-1).float().mean():.1f}"
+        f"accuracy {result['accuracy']:.3f} format {2 * result['format']:.3f} "
+        f"length {result['response_length']:.1f}"
     )
 
 
-def warm_start(images, labels, held_out: list[dict], rng: random.Random, phases) -> tuple:
+def warm_start(images, labels, held_out: datasets.Dataset, rng: random.Random, phases) -> tuple:
     processor = make_processor()
     model = make_model(processor)
     print(
@@ -333,18 +338,6 @@ def write_problems(problems: list[dict], file: Path) -> None:
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
 
 
-def score(model, processor, problems: list[dict]) -> None:
-    """Difficulty (share wrong of 8 responses) and complexity (mean length) of each problem."""
-    config = Config(num_generations=8, max_new_tokens=128, **PIXELS)
-    for start in range(0, len(problems), 32):
-        some = problems[start : start + 32]
-        rollouts = observe_r1.rollout(model, processor, some, config)
-        accuracy = observe_r1.score_rollouts(rollouts, some, config)["accuracy"]
-        for problem, right, mask in zip(some, accuracy, rollouts.mask):
-            problem["difficulty"] = 1 - right.mean().item()
-            problem["complexity"] = mask.sum(-1).float().mean().item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -354,6 +347,7 @@ def main() -> None:
         "--phases", type=int, nargs=3, default=[1000, 2400, 300], help="steps of each"
     )
     parser.add_argument("--problems", type=int, default=960, help="problems of the ladder")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of model and problems")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     images, labels = load_digits(return_X_y=True)
@@ -363,31 +357,32 @@ def main() -> None:
     held_out = make_problems(
         images[held], labels[held], 192, "held-out", random.Random(args.seed + 1)
     )
-    write_problems(held_out, HERE / "heldout.parquet")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_problems(held_out, args.output / "heldout.parquet")
+    held_out = load_problems(str(args.output / "heldout.parquet"))
     model, processor = warm_start(
         images[warm], labels[warm], held_out, random.Random(args.seed), args.phases
     )
-    model.save_pretrained(HERE / "model")
-    processor.save_pretrained(HERE / "model")
+    model.save_pretrained(args.output / "model")
+    processor.save_pretrained(args.output / "model")
+
     problems = make_problems(
         images[learn], labels[learn], args.problems, "train", random.Random(args.seed + 2)
     )
-    score(model, processor, problems)
-    order, stages = mix_ladder(
-        [problem["difficulty"] for problem in problems],
-        [problem["complexity"] for problem in problems],
-        args.seed,
-    )
-    write_problems(
-        [{**problems[i], "stage": stage} for i, stage in zip(order, stages)],
-        HERE / "ladder.parquet",
-    )
-    print(
-        "problems of each difficulty:",
-        np.bincount(
-            [round(8 * problem["difficulty"]) for problem in problems], minlength=9
-        ).tolist(),
-    )
+    write_problems(problems, args.output / "ladder.parquet")  # in no order yet, to be scored
+    config = Config(prompts_per_step=32, max_new_tokens=128, **PIXELS)
+    unscored = load_problems(str(args.output / "ladder.parquet"))
+    scores = score_problems(model, processor, unscored, config)
+    difficulty = [score["difficulty"] for score in scores]
+    complexity = [score["complexity"] for score in scores]
+    order, stages = mix_ladder(difficulty, complexity, args.seed)
+    rows = []
+    for i, stage in zip(order, stages):
+        score = {"difficulty": difficulty[i], "complexity": complexity[i], "stage": stage}
+        rows.append({**problems[i], **score})
+    write_problems(rows, args.output / "ladder.parquet")
+    levels = [round(8 * share) for share in difficulty]
+    print("problems of each difficulty:", np.bincount(levels, minlength=9).tolist())
 
 
 if __name__ == "__main__":
