@@ -9,7 +9,8 @@
 The method stands in the order of a run: problems, ladder, rollout, rewards, advantages,
 log-probabilities, loss, training. What surrounds it follows below one divider. Where this script
 differs from the paper's released code:
-1. The KL penalty is part of the loss, not of the reward: a group of weight zero moves nothing.
+1. The KL penalty is part of the loss, not of the reward, and a group whose advantages are all zero
+   is skipped, its KL included: it moves nothing.
 2. The loss is a mean over each response's tokens, then over responses. How the responses are
    split into backward passes changes memory, never the result.
 3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once.
@@ -20,6 +21,7 @@ in a flat list, H hidden size, V vocabulary. `model` is a Qwen2_5_VLForCondition
 """
 
 import base64
+import csv
 import glob
 import hashlib
 import inspect
@@ -263,8 +265,8 @@ def mix_ladder(difficulty, complexity, seed=0):
 def select_problems(difficulty, complexity):
     """Numbers of the problems that stay: of difficulty 0 only those with the longer responses.
 
-    A problem that is always solved teaches nothing more about being right; where its responses are
-    long it still teaches to be brief. The threshold is the median complexity of difficulty 0.
+    A problem that was solved eight times out of eight may be missed later, the more likely the more
+    it takes to solve it. The threshold is the median complexity of difficulty 0.
     """
     easy = [c for d, c in zip(difficulty, complexity) if d == 0]
     threshold = np.median(easy) if easy else 0
@@ -472,7 +474,7 @@ def score_rollouts(rollouts, problems, config):
     groups = []
     for problem, texts, mask in zip(problems, rollouts.texts, rollouts.mask):
         accuracy = [rewards.accuracy_reward(text, problem["answer"]) for text in texts]
-        correct = [value == 1 for value in accuracy]  # bonus and weight depend on this alone
+        correct = [value == 1 for value in accuracy]  # for bonus and weight, format does not count
         lengths = mask.sum(-1).tolist()
         group = {
             "accuracy": accuracy,
@@ -595,10 +597,13 @@ def policy_log_probs(policy, rollouts, b, part, config):
 
 def plan_passes(rollouts, prompts, config):
     """(prompt, responses) of each pass: a group, or as much of it as --token_budget allows."""
-    P = rollouts.prompt["input_ids"].shape[1]
-    _, G, T = rollouts.mask.shape
-    size = max(1, (config.token_budget - P) // T)
-    return [(b, slice(g, g + size)) for b in prompts for g in range(0, G, size)]
+    G = rollouts.mask.shape[1]
+    passes = []
+    for b in prompts:
+        P, T = rollouts.prompt["attention_mask"][b].sum(), rollouts.mask[b].sum(-1).max()
+        size = max(1, int(config.token_budget - P) // int(T))
+        passes += [(b, slice(g, g + size)) for g in range(0, G, size)]
+    return passes
 
 
 def response_log_probs(policy, rollouts, config, prompts=None):
@@ -664,7 +669,7 @@ def grpo_loss(
 # ---------------------------------------------------------------------------------------- training
 # The algorithm box: sample, score, weigh, compare, update, in the order of the ladder. Groups whose
 # advantages are all 0 cost no pass, but stay in the denominator of the loss: the fewer groups are
-# left, the smaller the step.
+# left, the smaller the gradient.
 
 
 @dataclass
@@ -691,7 +696,7 @@ def train(config, rollout=rollout):
     with run_folder(config) as output:
         started = time.time()
         state = prepare(config, output, rollout)
-        stop = stop_on_signals()
+        stop, after = stop_on_signals(), None
         progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
         for rows in state.steps[state.step :]:  # easy to hard
             clock = time.time()
@@ -705,8 +710,10 @@ def train(config, rollout=rollout):
             metrics = update(state, rollouts, advantages, config)  # GRPO
 
             state.step += 1
+            after = None
             if config.eval_steps and state.step % config.eval_steps == 0:
-                metrics["eval_accuracy"] = measure(state, config, rollout)["accuracy"]
+                after = measure(state, config, rollout)
+                metrics["eval_accuracy"] = after["accuracy"]
             metrics["seconds"] = round(time.time() - clock, 3)
             log_step(
                 progress, output, state, problems, rollouts, scores, advantages, metrics, config
@@ -718,7 +725,7 @@ def train(config, rollout=rollout):
                 raise SystemExit(f"stopped after step {state.step}; --resume true goes on from it")
         progress.close()
         save_final(state, output / "final", config)
-        after = measure(state, config, rollout)
+        after = after or measure(state, config, rollout)
         summary = {"steps": state.step, "seconds": round(time.time() - started, 1)}
         for name in ("accuracy", "format", "response_length") if after else ():
             summary |= {f"{name}_before": state.before[name], f"{name}_after": after[name]}
@@ -734,8 +741,8 @@ def update(state, rollouts, advantages, config):
     policy, mask = state.policy, rollouts.mask
     advantages = advantages.to(mask.device)
     B, G, _ = mask.shape
-    trained = [b for b in range(B) if advantages[b].any()]  # the others would move nothing
-    firsts = range(0, max(gather(B)) * WORLD, config.minibatch_prompts)
+    trained = [b for b in range(B) if advantages[b].any()]  # the others are left out, KL included
+    firsts = range(0, max(gather((B - 1) * WORLD + RANK + 1)), config.minibatch_prompts)
     reference = None
     with torch.no_grad(), gathered(policy):  # not the sampler's own numbers: those round otherwise
         # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
@@ -841,7 +848,8 @@ def score_problems(model, processor, problems, config, rollout=rollout, file=Non
     rows are kept as they come, and a run that was killed goes on with those whose model, options,
     question, answer and pictures are the same.
     """
-    names = "model system_prompt observe temperature num_generations max_new_tokens min_pixels max_pixels seed"
+    names = """model system_prompt observe temperature num_generations max_new_tokens
+    min_pixels max_pixels seed"""
     options = "/".join(str(getattr(config, name)) for name in names.split())
     keys = [f"{digest}/{options}" for digest in problems["digest"]]
     known = {}
@@ -894,8 +902,8 @@ def evaluate(model, processor, problems, config, rollout=rollout):
 
 def evaluate_model(config):
     """The `eval` command: writes what `evaluate` returns into eval.json and responses.jsonl."""
-    with run_folder(config) as output:
-        processor, problems = start(config, output)
+    with run_folder(config, EVAL_RESULTS) as output:
+        processor, problems = start(config, output, EVAL_RESULTS)
         result, rows = evaluate(load_model(config, trained=False), processor, problems, config)
         if RANK == 0:
             append_log(output / "responses.jsonl", rows, "w")
@@ -905,7 +913,9 @@ def evaluate_model(config):
 def ladder(config):
     """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json."""
     with run_folder(config) as output:
-        processor, raw = start(config, output)
+        if config.temperature == 0 or config.num_generations == 1:
+            raise ValueError("a ladder needs --temperature above 0 and several --num_generations")
+        processor, raw = start(config, output, RESULTS)
         checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if is_readable(gold)])
         blind = replace(config, system_prompt=PROMPTS["answer"], temperature=0.0, num_generations=1)
         blind.model = config.clean_model or config.model
@@ -918,9 +928,7 @@ def ladder(config):
         if RANK:
             return {}  # the first process writes the rest
 
-        never_solved = [
-            row for row in rows if row["difficulty"] == 1
-        ]  # perhaps the answer is wrong
+        never_solved = [row for row in rows if row["difficulty"] == 1]  # perhaps a wrong answer
         for row in never_solved:
             answers = [rewards.extract_answer(one["text"]) for one in row["responses"]]
             row["commonest"] = max(answers, key=answers.count)
@@ -953,10 +961,12 @@ def ladder(config):
 # ---------------------------------------------------------------------------------- start of a run
 
 
-def start(config, output):
-    """(processor, problems) of a run; refuses bad input before a model is loaded."""
+def start(config, output, results):
+    """(processor, problems) of a run; refuses bad input before anything is loaded or replaced."""
     if not config.data:
         raise ValueError("--data is missing: a file, a folder or a hub id")
+    if config.min_pixels > config.max_pixels:
+        raise ValueError(f"--min_pixels {config.min_pixels} > --max_pixels {config.max_pixels}")
     device = pick_device(config)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
@@ -977,6 +987,8 @@ def start(config, output):
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     problems = load_problems(config.data, config.split, config, processor, output / "data")
     if RANK == 0:
+        for path in () if config.resume else old_results(output, results):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
     return processor, problems
 
@@ -1006,7 +1018,7 @@ def add_adapters(model, config):
 def prepare(config, output, rollout):
     """Everything that training needs; says what is going to happen."""
     check_options(config)
-    processor, problems = start(config, output)
+    processor, problems = start(config, output, RESULTS)
     held_out = None
     if config.eval_data:
         folder = output / "eval_data"
@@ -1041,9 +1053,11 @@ def prepare(config, output, rollout):
     state = TrainState(
         policy, reference, adapters, processor, problems, held_out, steps, optimizer, scheduler
     )
+    scored = None not in problems["difficulty"]
+    told = "the file's" if config.order == "ladder" and not scored else config.order
     say(
         f"{sum(p.numel() for p in trained):,} trained weights on {WORLD} x {model.device.type}, "
-        f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {config.order} "
+        f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {told} "
         f"order: {len(steps)} steps x {len(steps[0])} prompts x {config.num_generations} "
         f"responses, {updates} optimiser steps"
     )
@@ -1051,7 +1065,7 @@ def prepare(config, output, rollout):
         restore(state, output, config)
     if RANK == 0:
         for name in ("metrics.jsonl", "rollouts.jsonl"):  # without what came after the checkpoint
-            rows = [row for row in read_log(output / name) if row["step"] <= state.step]
+            rows = [row for row in read_log(output / name) if row["step"] <= state.step > 0]
             append_log(output / name, rows, "w")
     state.before = state.before or measure(state, config, rollout)
     return state
@@ -1117,6 +1131,11 @@ def read_table(source, split, subset, folder):
     file = glob.escape(source) if path.is_file() else None  # brackets in its name are no pattern
     how = {"split": split, "data_files": file, "cache_dir": folder}
     try:
+        if file and reader == "csv":  # as text: 05 and 3.50 are not 5 and 3.5
+            with open(source, newline="", encoding="utf-8-sig") as lines:
+                names = next(csv.reader(lines), [])
+            how["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+            how |= {"keep_default_na": False, "encoding": "utf-8-sig"}
         table = datasets.load_dataset(reader if file else source, subset or None, **how)
     except Exception as error:  # whatever the library meets in a file that is not ours
         raise ValueError(f"{source}: cannot be read: {error.__cause__ or error}") from error
@@ -1137,7 +1156,7 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
     of pictures are read here, pixels later. The rows are written to `folder`, by one process.
     """
     config = config or Config()
-    scratch = tempfile.TemporaryDirectory()
+    scratch = tempfile.TemporaryDirectory(dir=folder and Path(folder).parent)
     folder = Path(folder or scratch.name) / "problems"
     if RANK == 0:
         table = read_table(source, split, config.subset, scratch.name)
@@ -1300,10 +1319,8 @@ def eight_bit(image):
 # Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of weights,
 # gradients and moments (FSDP2). One process runs the same code with WORLD = 1.
 
-RANK, WORLD = (
-    int(os.environ.get("RANK", "0")),
-    int(os.environ.get("WORLD_SIZE", "1")),
-)  # by torchrun
+RANK = int(os.environ.get("RANK", "0"))  # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(text):
@@ -1390,9 +1407,9 @@ def gathered(policy):
 
 RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
 scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*"""
-MAY_CHANGE = (
-    "resume overwrite config output_dir save_steps keep_checkpoints eval_steps cache_gb token_budget check"
-)
+MAY_CHANGE = """resume overwrite config output_dir save_steps keep_checkpoints eval_steps check
+cache_gb token_budget gradient_checkpointing save_dtype"""
+EVAL_RESULTS = "eval.json responses.jsonl"
 PROGRESS = ("step", "optimizer_step", "bad_updates", "before")
 TRAINED = sharded.StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -1467,6 +1484,8 @@ def restore(state, output, config):
         return say(f"goes on after step {state.step}, from {folder}")
     if list(output.glob("checkpoint-*/.metadata")):  # weights may be half loaded
         raise ValueError(f"{output}: no checkpoint can be read; --overwrite true starts anew")
+    if (output / "summary.json").exists():
+        raise ValueError(f"{output} is finished, and without a checkpoint; --overwrite true")
     say(f"{output} holds no whole checkpoint: starts from the beginning")
 
 
@@ -1483,7 +1502,9 @@ def save_final(state, folder, config):
         return
     model = load_model(replace(config, device="cpu"), trained=False)
     adapters = add_adapters(model, config) if config.lora_rank else None
-    Policy(model).load_state_dict(weights, strict=False)
+    unknown = Policy(model).load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"trained weights that the model lacks: {unknown}")
     if adapters:
         adapters.save_pretrained(folder / "adapter")
         model = adapters.merge_and_unload()
@@ -1495,8 +1516,10 @@ def save_final(state, folder, config):
 
 
 @contextmanager
-def run_folder(config):
+def run_folder(config, results=RESULTS):
     """The output folder, locked. A run that it holds goes on, is replaced, or stays as it is."""
+    if not config.output_dir:
+        raise ValueError("--output_dir is missing")
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output / f".lock{RANK}", blocking=False)
@@ -1505,16 +1528,22 @@ def run_folder(config):
     except filelock.Timeout as error:
         raise ValueError(f"{output} is in use by another run") from error
     with held:
-        found = [path for name in RESULTS.split() for path in output.glob(name)]
-        if found and RANK == 0 and not config.resume:
-            if not config.overwrite:
-                raise ValueError(
-                    f"{output} holds a run: --resume true goes on with it, --overwrite true "
-                    "replaces it, another --output_dir keeps it"
-                )
-            for path in found:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found = old_results(output, results)
+        if found and RANK == 0 and not config.resume and not config.overwrite:
+            raise ValueError(
+                f"{output} holds a run: --resume true goes on with it, --overwrite true "
+                "replaces it, another --output_dir keeps it"
+            )
+        for name in ("model", "data", "eval_data", "clean_model") if config.overwrite else ():
+            needed = Path(getattr(config, name)).resolve()
+            if any(needed.is_relative_to(path.resolve()) for path in found):
+                raise ValueError(f"--overwrite true would delete --{name} {getattr(config, name)}")
         yield output
+
+
+def old_results(output, results):
+    """What an earlier run left in the folder."""
+    return [path for name in results.split() for path in output.glob(name)]
 
 
 def stop_on_signals():
@@ -1575,8 +1604,7 @@ def log_step(progress, output, state, problems, rollouts, scores, advantages, me
     for row in groups:
         row["zero_weight"] = row["weight"] == 0
         row["skipped"] = not any(one["advantage"] for one in row["responses"])
-    names = ("reward", "accuracy", "format", "bonus")
-    means = {name: mean(responses, name) for name in names}
+    means = {name: mean(responses, name) for name in scores if name != "weight"}
     if None not in [row["difficulty"] for row in groups]:  # measured when the ladder was made
         means["difficulty"] = mean(groups, "difficulty")
     metrics = {
@@ -1629,7 +1657,6 @@ def check_options(config):
             c.prompts_per_step < WORLD,
             f"--prompts_per_step {c.prompts_per_step} for {WORLD} processes",
         ),
-        (c.min_pixels > c.max_pixels, f"--min_pixels {c.min_pixels} > --max_pixels {c.max_pixels}"),
         (
             c.bonus and c.min_length >= c.max_new_tokens,
             f"--min_length {c.min_length} >= --max_new_tokens {c.max_new_tokens}: no response can get the bonus (--bonus 0)",

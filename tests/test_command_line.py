@@ -386,8 +386,27 @@ def test_a_folder_that_holds_a_run_is_refused_by_name(tmp_path):
         with observe_r1.run_folder(config) as output:
             assert output == folder and (folder / name).exists()
         config.resume, config.overwrite = False, True
-        with observe_r1.run_folder(config):
-            assert [path.name for path in folder.glob("[!.]*")] == ["notes.txt"]
+        with observe_r1.run_folder(config):  # nothing goes before the new run's input is checked
+            assert (folder / name).exists()
+
+
+def test_overwrite_keeps_what_the_new_run_needs_or_has_not_checked(tmp_path):
+    """A mistake in the options, an input inside the folder, an `eval`: the old run stays."""
+    shutil.copytree(TOY / "model", tmp_path / "run" / "final")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    config = Config(output_dir=str(tmp_path / "run"), overwrite=True)
+    for options, message in (
+        ({"data": "nothing.jsonl"}, "no such file"),
+        ({"model": str(tmp_path / "run" / "final")}, "would delete --model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            observe_r1.train(dataclasses.replace(config, **{"model": str(TOY / "model"), **options}))
+    rows = [{"question": "What is 3+4?", "answer": "7"}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    model = str(tmp_path / "run" / "final")
+    observe_r1.evaluate_model(dataclasses.replace(config, data=data, model=model, max_new_tokens=8))
+    names = {path.name for path in (tmp_path / "run").glob("*")}
+    assert names >= {"final", "summary.json", "eval.json", "responses.jsonl"}
 
 
 def test_the_lock_ends_with_the_run(tmp_path):

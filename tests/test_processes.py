@@ -283,5 +283,5 @@ def test_processes_may_finish_hours_apart(two, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     with pytest.raises(KeyboardInterrupt):
-        observe_r1.start(uneven_config(two / FEW, tmp_path), tmp_path)
+        observe_r1.evaluate_model(uneven_config(two / FEW, tmp_path))
     assert said["timeout"] >= timedelta(hours=12)
