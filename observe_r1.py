@@ -728,7 +728,8 @@ def train(config, rollout=rollout):
         after = after or measure(state, config, rollout)
         summary = {"steps": state.step, "seconds": round(time.time() - started, 1)}
         for name in ("accuracy", "format", "response_length") if after else ():
-            summary |= {f"{name}_before": state.before[name], f"{name}_after": after[name]}
+            summary[f"{name}_before"] = round(state.before[name], 4)
+            summary[f"{name}_after"] = round(after[name], 4)
         say(f"the model is {output}/final; `python tools/report.py {output}` draws the run")
         return write_summary(output / "summary.json", summary)
 

@@ -299,6 +299,8 @@ def test_without_a_whole_checkpoint_no_half_loaded_weights_are_trained(
     shutil.rmtree(copied / "checkpoint-4")
     shutil.rmtree(copied / "checkpoint-6")
     damage(copied / "checkpoint-2")
+    shutil.rmtree(copied / "final")
+    (copied / "summary.json").unlink()
     config = small_config(data, copied, resume=True)
     if damage is break_tensors:
         with pytest.raises(ValueError, match="no checkpoint can be read; --overwrite true"):
@@ -426,12 +428,24 @@ def test_a_killed_run_is_refused_too(data, tmp_path):
         observe_r1.train(config)
 
 
-@pytest.mark.parametrize("command", ["ladder", "eval"])
-def test_other_commands_keep_out_of_the_folder_of_a_run(command, data, copied):
+def test_a_ladder_keeps_out_of_the_folder_of_a_run(data, copied):
     before = content_of(copied)
     with pytest.raises(ValueError, match="holds a run"):
-        observe_r1.COMMANDS[command](small_config(data, copied))
+        observe_r1.ladder(small_config(data, copied))
     assert content_of(copied) == before
+
+
+def test_eval_in_the_folder_of_a_run_leaves_its_results_alone(data, copied):
+    """It adds files of its own, and with --overwrite true it replaces no others."""
+    names = ("metrics.jsonl", "rollouts.jsonl", "summary.json", "final/model.safetensors")
+    before = content_of(copied)
+    for overwrite in (False, True):
+        config = small_config(data, copied, num_samples=0, overwrite=overwrite)
+        observe_r1.evaluate_model(config)
+        after = content_of(copied)
+        assert [after[name] for name in names] == [before[name] for name in names]
+        assert checkpoints(copied) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert {"eval.json", "responses.jsonl"} <= set(after)
 
 
 def test_a_run_keeps_out_of_the_folder_of_a_killed_ladder(data, tmp_path, monkeypatch):

@@ -455,9 +455,15 @@ def test_update_does_not_depend_on_the_token_budget(model, processor, problems, 
     rollouts = run_rollout(model, processor, problems, config)
     advantages = torch.randn(5, 4)
     advantages[1] = 0
-    P, T = rollouts.prompt["input_ids"].shape[1], rollouts.mask.shape[2]
+    P, T = rollouts.prompt["attention_mask"].sum(1), rollouts.mask.sum(2).amax(1)  # of each group
+    middle = int((P + 3 * T).min())
+    expected = 0  # passes at the middle budget: four responses, as many at a time as fit
+    for b in (0, 2, 3, 4):
+        fit = [n for n in (1, 2, 3, 4) if P[b] + n * T[b] <= middle]
+        expected += math.ceil(4 / max(fit, default=1))
+    assert 4 < expected < 16
     results = []
-    for budget, passes in ((10**6, 4), (P + 3 * T, 8), (1, 16)):
+    for budget, passes in ((10**6, 4), (middle, expected), (1, 16)):
         config.token_budget = budget
         assert len(observe_r1.plan_passes(rollouts, [0, 2, 3, 4], config)) == passes
         learner = copy.deepcopy(model)
