@@ -851,6 +851,7 @@ def workbook(folder, sheets):
 
 
 def test_workbooks(folder, capsys):
+    pytest.importorskip("openpyxl")
     import datetime
 
     row = {" Question": "q", "Image": "pictures/red.png", "ANSWER": 3.0, "Options": None}
@@ -870,6 +871,7 @@ def test_workbooks(folder, capsys):
 
 
 def test_a_workbook_with_pasted_pictures_is_refused(folder, capsys):
+    pytest.importorskip("openpyxl")
     import openpyxl
     from openpyxl.drawing.image import Image as Pasted
 
@@ -881,6 +883,7 @@ def test_a_workbook_with_pasted_pictures_is_refused(folder, capsys):
 
 
 def test_workbooks_need_pandas(folder, capsys, monkeypatch):
+    pytest.importorskip("openpyxl")
     file = workbook(folder, {"one": [ROW]})
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     assert "pip install pandas openpyxl" in run(capsys, file)[1]
