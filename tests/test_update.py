@@ -723,13 +723,13 @@ def test_held_out_problems_are_measured_greedily(run):
         None,
     ]
     assert 0 < measured[0] < 1
-    assert run.summary["accuracy_before"] == pytest.approx(measured[0])
-    assert run.summary["accuracy_after"] == pytest.approx(measured[2])
+    assert run.summary["accuracy_before"] == round(measured[0], 4)
+    assert run.summary["accuracy_after"] == round(measured[2], 4)
     groups = scored_by_hand(run.evaluations[2], run.config)
     lengths = [group[0]["length"] for group, _ in groups]
-    assert run.summary["response_length_after"] == pytest.approx(np.mean(lengths))
+    assert run.summary["response_length_after"] == round(np.mean(lengths), 4)
     formats = [group[0]["format"] for group, _ in groups]
-    assert run.summary["format_after"] == pytest.approx(np.mean(formats))
+    assert run.summary["format_after"] == round(np.mean(formats), 4)
     assert json.loads((run.output / "summary.json").read_text()) == run.summary
 
 
