@@ -26,6 +26,7 @@ import glob
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -46,13 +47,13 @@ import datasets
 import filelock
 import numpy as np
 import torch
-import torch.distributed.checkpoint as sharded_files
+import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
 from qwen_vl_utils import process_vision_info, smart_resize
 from safetensors import SafetensorError
 from torch.distributed import fsdp
-from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -164,13 +165,12 @@ MARK = "<image>"  # stands in a question where a picture belongs; without marks,
 def chat_messages(problem, config):
     """System and user message of a problem, with each picture where its mark stands."""
     size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    pictures = [{"type": "image", "image": image, **size} for image in problem["images"]]
-    texts = [{"type": "text", "text": text} for text in problem["question"].split(MARK)]
-    content = pictures + texts
-    if len(texts) > 1:
-        content = texts[:1]
-        for picture, text in zip(pictures, texts[1:]):
-            content += [picture, text]
+    pictures, texts = problem["images"], problem["question"].split(MARK)
+    if len(texts) == 1:  # no marks
+        texts = [""] * len(pictures) + texts
+    content = [{"type": "text", "text": texts[0]}]
+    for picture, text in zip(pictures, texts[1:]):
+        content += [{"type": "image", "image": picture, **size}, {"type": "text", "text": text}]
     system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
@@ -306,30 +306,16 @@ class Rollouts:
     texts: list[list[str]]  # B lists of G
 
 
-def join_prompts(prompts):
-    """One left padded batch from several."""
-    P = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    joined = {}
-    for name in (*TEXT_TENSORS, "num_images", "image_grid_thw", "pixel_values"):
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        if name in TEXT_TENSORS:
-            values = [pad(value, (P - value.shape[1], 0)) for value in values]
-        if values:
-            joined[name] = torch.cat(values)
-    return joined
-
-
-def slice_prompts(prompt, b):
-    """Prompt b of an encoded batch alone, without padding, with the patches of its pictures."""
-    length = int(prompt["attention_mask"][b].sum())
-    chosen = {name: prompt[name][b : b + 1, -length:] for name in TEXT_TENSORS}
-    first, end = prompt["num_images"][:b].sum(), prompt["num_images"][: b + 1].sum()
-    if end > first:
-        grid = prompt["image_grid_thw"]  # [pictures,3]
-        patches = grid.prod(-1)
-        chosen["image_grid_thw"] = grid[first:end]
-        chosen["pixel_values"] = prompt["pixel_values"][patches[:first].sum() : patches[:end].sum()]
-    return chosen
+def slice_prompts(prompt, chosen):
+    """Some prompts of an encoded batch, with their pictures and no more padding than they need."""
+    P = prompt["attention_mask"][chosen].sum(-1).max()
+    part = {name: prompt[name][chosen, -P:] for name in TEXT_TENSORS}
+    if any(prompt["num_images"][chosen]):
+        grids = prompt["image_grid_thw"].split(prompt["num_images"].tolist())  # B x [pictures,3]
+        patches = prompt["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
+        part["image_grid_thw"] = torch.cat([grids[b] for b in chosen])
+        part["pixel_values"] = torch.cat([patches[b] for b in chosen])
+    return part
 
 
 def model_inputs(model, prompt, device=None):
@@ -430,8 +416,8 @@ def sample(model, prompt, stop, config):
 def rollout(model, processor, problems, config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
-    Prompts are encoded and sampled in chunks whose key/value cache fits --cache_gb even if all
-    responses reach the cap, the longest prompts together, so that little of it is padding.
+    Prompts are sampled in chunks whose key/value cache fits --cache_gb even if all responses reach
+    the cap, the longest prompts together, so that little of it is padding.
     """
     model.eval()  # no dropout while sampling
     B, G = len(problems), config.num_generations
@@ -440,23 +426,22 @@ def rollout(model, processor, problems, config) -> Rollouts:
     limit = config.cache_gb * 1e9 / (cache_bytes(model) * G)  # tokens of a chunk, once per prompt
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    length = [prompt_length(problem, processor, config) for problem in problems]
-    waiting = sorted(range(B), key=lambda b: -length[b])
-    prompts, groups = [None] * B, [None] * B
+    prompt = encode_prompts(problems, processor, config)
+    length = prompt["attention_mask"].sum(-1)  # [B]
+    waiting = length.argsort(descending=True, stable=True).tolist()
+    groups = [None] * B
     while waiting:
         size = max(1, int(limit / (length[waiting[0]] + config.max_new_tokens)))
         chunk, waiting = waiting[:size], waiting[size:]
-        for b in chunk:
-            prompts[b] = encode_prompts([problems[b]], processor, config)
         with autocast(model):
-            sampled = sample(model, join_prompts([prompts[b] for b in chunk]), sorted(stop), config)
+            sampled = sample(model, slice_prompts(prompt, chunk), sorted(stop), config)
         for k, b in enumerate(chunk):
             groups[b] = sampled[k * G : (k + 1) * G]
 
     responses = [response for group in groups for response in group]
     mask = pad_sequence([torch.ones_like(ids) for ids in responses], batch_first=True)
     return Rollouts(
-        prompt=join_prompts(prompts),
+        prompt=prompt,
         response_ids=pad_sequence(responses, batch_first=True).view(B, G, -1),
         mask=mask.view(B, G, -1),
         texts=[processor.batch_decode(group, skip_special_tokens=True) for group in groups],
@@ -589,7 +574,7 @@ class Policy(torch.nn.Module):
 def policy_log_probs(policy, rollouts, b, part, config):
     """Log-probabilities of the responses `part` to prompt b, [responses,T]; 0 in the padding."""
     response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part].bool()
-    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, b), mask.device)
+    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, [b]), mask.device)
     row, predecessors = pack_group(inputs, response_ids, mask)
     log_probs = policy(row, predecessors, response_ids[mask], config.temperature)  # [N]
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
@@ -687,7 +672,7 @@ class TrainState:
     scheduler: object
     step: int = 0
     optimizer_step: int = 0
-    bad_updates: int = 0  # optimiser steps in a row whose gradients were NaN or infinite
+    skipped_updates: int = 0  # optimiser steps in a row whose gradients were NaN or infinite
     before: dict = field(default_factory=dict)  # held-out results before training
 
 
@@ -703,11 +688,11 @@ def train(config, rollout=rollout):
             set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
             problems = read_problems(state.problems, rows[RANK::WORLD], config)
 
-            with gathered(state.policy):
+            with unsharded(state.policy):
                 rollouts = rollout(state.policy.model, state.processor, problems, config)
             scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weight [B]
-            advantages = group_advantages(scores["reward"], scores["weight"])  # [B,G]
-            metrics = update(state, rollouts, advantages, config)  # GRPO
+            scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
+            metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
 
             state.step += 1
             after = None
@@ -715,9 +700,13 @@ def train(config, rollout=rollout):
                 after = measure(state, config, rollout)
                 metrics["eval_accuracy"] = after["accuracy"]
             metrics["seconds"] = round(time.time() - clock, 3)
-            log_step(
-                progress, output, state, problems, rollouts, scores, advantages, metrics, config
-            )
+            progress.update()
+            log_step(progress, output, state, problems, rollouts, scores, metrics, config)
+            if state.skipped_updates >= 3:
+                raise ValueError(
+                    "three updates in a row had NaN or infinite gradients, the last in step "
+                    f"{state.step}; its responses end {output}/rollouts.jsonl"
+                )
             stopping = any(gather(bool(stop)))  # a signal may reach one process alone
             if stopping or config.save_steps and state.step % config.save_steps == 0:
                 save_checkpoint(state, output, config)
@@ -743,9 +732,8 @@ def update(state, rollouts, advantages, config):
     advantages = advantages.to(mask.device)
     B, G, _ = mask.shape
     trained = [b for b in range(B) if advantages[b].any()]  # the others are left out, KL included
-    firsts = range(0, max(gather((B - 1) * WORLD + RANK + 1)), config.minibatch_prompts)
     reference = None
-    with torch.no_grad(), gathered(policy):  # not the sampler's own numbers: those round otherwise
+    with torch.no_grad(), unsharded(policy):  # not the sampler's own numbers: those round otherwise
         # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
         # would prefetch another layer there than elsewhere, and all would wait for ever.
         old = response_log_probs(policy, rollouts, config, trained or [0])  # [B,G,T]
@@ -755,14 +743,15 @@ def update(state, rollouts, advantages, config):
 
     policy.train()
     seen, norms = [], []
+    numbers = sorted(itertools.chain(*gather([b * WORLD + RANK for b in range(B)])))
+    firsts = range(0, len(numbers), config.minibatch_prompts)
     for first in firsts:
-        prompts = range(first, first + config.minibatch_prompts)
-        mine = [b for b in range(B) if b * WORLD + RANK in prompts]
-        passes = plan_passes(rollouts, [b for b in mine if b in trained], config)
-        counts = np.array(gather((len(mine), len(passes))))  # [WORLD,2]
-        num_responses, most = counts[:, 0].sum() * G, counts[:, 1].max()
+        minibatch = numbers[first : first + config.minibatch_prompts]
+        mine = [b for b in trained if b * WORLD + RANK in minibatch]
+        passes = plan_passes(rollouts, mine, config)
         # All processes must run the model equally often. A pass without responses fills up: its
         # loss and its gradient are 0.
+        most = max(gather(len(passes)))
         for b, part in passes + [(0, slice(0))] * (most - len(passes)):
             log_probs = policy_log_probs(policy, rollouts, b, part, config)
             loss, metrics = grpo_loss(
@@ -773,12 +762,12 @@ def update(state, rollouts, advantages, config):
                 mask[b, part],
                 config.clip_range,
                 config.kl_coef,
-                num_responses,
+                len(minibatch) * G,
             )
             (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
             seen.append((len(log_probs), loss.item(), *metrics.values()))
         if most:  # without a gradient, the optimiser would still move the weights by its momentum
-            norms.append(optimizer_step(state, config))
+            norms.append(clip_and_step(state, config))
         learning_rate = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
 
@@ -792,11 +781,11 @@ def update(state, rollouts, advantages, config):
         "grad_norm": sum(norms) / max(1, len(norms)),
         "learning_rate": learning_rate,
         "optimizer_step": state.optimizer_step,
-        "skipped_updates": state.bad_updates,
+        "skipped_updates": state.skipped_updates,
     }
 
 
-def optimizer_step(state, config):
+def clip_and_step(state, config):
     """Clip the gradient and take one step, unless it is NaN or infinite. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # from the shards of all processes
@@ -804,9 +793,9 @@ def optimizer_step(state, config):
     if torch.isfinite(norm):
         state.optimizer.step()
         state.optimizer_step += 1
-        state.bad_updates = 0
+        state.skipped_updates = 0
     else:
-        state.bad_updates += 1
+        state.skipped_updates += 1
     state.optimizer.zero_grad()
     return norm.item()
 
@@ -824,15 +813,13 @@ def optimizer_step(state, config):
 
 def response_rows(problems, rollouts, scores):
     """One row for each problem: what it is, and its responses with all that was measured of them."""
-    scores = {**scores, "length": rollouts.mask.sum(-1)}
-    weights = scores.pop("weight").tolist()
     rows = []
     for b, problem in enumerate(problems):
         row = {name: problem.get(name) for name in ("id", "question", "answer", "difficulty")}
-        row |= {"weight": weights[b], "responses": [{"text": text} for text in rollouts.texts[b]]}
-        for name, values in scores.items():
-            for response, value in zip(row["responses"], values[b].tolist()):
-                response[name] = value
+        values = {name: scored[b].tolist() for name, scored in scores.items()}
+        row["weight"] = values.pop("weight")
+        values |= {"text": rollouts.texts[b], "length": rollouts.mask[b].sum(-1).tolist()}
+        row["responses"] = [dict(zip(values, each)) for each in zip(*values.values())]
         rows.append(row)
     return rows
 
@@ -861,8 +848,8 @@ def score_problems(model, processor, problems, config, rollout=rollout, file=Non
         say(f"{file}: ignores {foreign} scores of other problems or options")
     firsts = range(0, len(keys), config.prompts_per_step)[RANK::WORLD]
     for first in tqdm(firsts, file and file.name or "evaluating", leave=False, disable=RANK > 0):
-        numbers = range(first, min(first + config.prompts_per_step, len(keys)))
-        if all(keys[number] in known for number in numbers):
+        numbers = range(len(keys))[first : first + config.prompts_per_step]
+        if known.keys() >= {keys[number] for number in numbers}:
             continue
         batch = read_problems(problems, numbers, config)  # whole: half would sample otherwise
         if not batch:
@@ -904,7 +891,7 @@ def evaluate(model, processor, problems, config, rollout=rollout):
 def evaluate_model(config):
     """The `eval` command: writes what `evaluate` returns into eval.json and responses.jsonl."""
     with run_folder(config, EVAL_RESULTS) as output:
-        processor, problems = start(config, output, EVAL_RESULTS)
+        processor, problems, _ = start(config, output, EVAL_RESULTS)
         result, rows = evaluate(load_model(config, trained=False), processor, problems, config)
         if RANK == 0:
             append_log(output / "responses.jsonl", rows, "w")
@@ -916,7 +903,7 @@ def ladder(config):
     with run_folder(config) as output:
         if config.temperature == 0 or config.num_generations == 1:
             raise ValueError("a ladder needs --temperature above 0 and several --num_generations")
-        processor, raw = start(config, output, RESULTS)
+        processor, raw, _ = start(config, output)
         checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if is_readable(gold)])
         blind = replace(config, system_prompt=PROMPTS["answer"], temperature=0.0, num_generations=1)
         blind.model = config.clean_model or config.model
@@ -934,26 +921,23 @@ def ladder(config):
             answers = [rewards.extract_answer(one["text"]) for one in row["responses"]]
             row["commonest"] = max(answers, key=answers.count)
         append_log(output / "never_solved.jsonl", never_solved, "w")
-        kept = select_problems(*([row[name] for row in rows] for name in LADDER[:2]))
-        rows = [rows[i] for i in kept]
-        order, stage = mix_ladder(
-            *([row[name] for row in rows] for name in LADDER[:2]), config.seed
-        )
-        rows = [{**rows[i], "stage": s} for i, s in zip(order, stage)]
-        mixed = problems.select([row["row"] for row in rows])
+        scores = np.array([(row["difficulty"], row["complexity"]) for row in rows]).reshape(-1, 2)
+        kept = np.array(select_problems(*scores.T), dtype=int)
+        order, stage = mix_ladder(*scores[kept].T, config.seed)
+        chosen = kept[order]
+        mixed = problems.select([rows[i]["row"] for i in chosen])
         mixed = mixed.select_columns(["id", "images", "question", "answer", "category"])
-        for name in LADDER:
-            mixed = mixed.add_column(name, [row[name] for row in rows])
+        for name, values in zip(LADDER, (*scores[chosen].T, np.array(stage))):
+            mixed = mixed.add_column(name, values)
         mixed.to_parquet(output / "ladder.parquet")
-        level = [round(8 * row["difficulty"]) for row in rows]
         summary = {
             "raw": len(raw),
             "uncheckable": len(raw) - len(checkable),
             "solved_without_reasoning": len(checkable) - len(problems),
-            "not_selected": len(problems) - len(rows),
-            "ladder": len(rows),
+            "not_selected": len(problems) - len(kept),
+            "ladder": len(kept),
             "never_solved": len(never_solved),
-            "levels": np.bincount(level, minlength=9).tolist(),
+            "levels": np.bincount(np.rint(8 * scores[kept, 0]).astype(int), minlength=9).tolist(),
             "stages": np.bincount(stage, minlength=9).tolist(),
         }
         return write_summary(output / "summary.json", summary)
@@ -961,9 +945,13 @@ def ladder(config):
 
 # ---------------------------------------------------------------------------------- start of a run
 
+RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
+scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*"""
+EVAL_RESULTS = "eval.json responses.jsonl"
 
-def start(config, output, results):
-    """(processor, problems) of a run; refuses bad input before anything is loaded or replaced."""
+
+def start(config, output, results=RESULTS, eval_data=""):
+    """(processor, problems, held-out problems); refuses bad input before anything is replaced."""
     if not config.data:
         raise ValueError("--data is missing: a file, a folder or a hub id")
     if config.min_pixels > config.max_pixels:
@@ -987,11 +975,15 @@ def start(config, output, results):
         raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     problems = load_problems(config.data, config.split, config, processor, output / "data")
+    held_out = None
+    if eval_data:
+        folder = output / "eval_data"
+        held_out = load_problems(eval_data, config.eval_split, config, processor, folder)
     if RANK == 0:
         for path in () if config.resume else old_results(output, results):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    return processor, problems
+    return processor, problems, held_out
 
 
 def load_model(config, trained=True):
@@ -1019,15 +1011,12 @@ def add_adapters(model, config):
 def prepare(config, output, rollout):
     """Everything that training needs; says what is going to happen."""
     check_options(config)
-    processor, problems = start(config, output, RESULTS)
-    held_out = None
-    if config.eval_data:
-        folder = output / "eval_data"
-        held_out = load_problems(config.eval_data, config.eval_split, config, processor, folder)
-        if common := set(held_out["digest"]) & set(problems["digest"]):
-            say(f"warning: {len(common)} held-out problems are training problems as well")
+    processor, problems, held_out = start(config, output, eval_data=config.eval_data)
+    if held_out and (common := set(held_out["digest"]) & set(problems["digest"])):
+        say(f"warning: {len(common)} held-out problems are training problems as well")
     order = training_order(problems, config)
     steps = np.array_split(order, math.ceil(len(order) / config.prompts_per_step))
+    steps = [step.tolist() for step in steps]
     if len(steps[-1]) < WORLD:
         raise ValueError(f"a step of {len(steps[-1])} problems for {WORLD} processes")
 
@@ -1042,20 +1031,17 @@ def prepare(config, output, rollout):
         reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
-    for parameter in trained:  # made now, so that no checkpoint lacks a moment
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
     )
     optimizer.step()  # moves nothing yet; without it, torch warns if the first update is skipped
-    steps = [step.tolist() for step in steps]
     state = TrainState(
         policy, reference, adapters, processor, problems, held_out, steps, optimizer, scheduler
     )
-    scored = None not in problems["difficulty"]
-    told = "the file's" if config.order == "ladder" and not scored else config.order
+    told = config.order
+    if told == "ladder" and None in problems["difficulty"]:
+        told = "the file's"
     say(
         f"{sum(p.numel() for p in trained):,} trained weights on {WORLD} x {model.device.type}, "
         f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {told} "
@@ -1077,7 +1063,7 @@ def reference_policy(state):
     """The policy before training: a copy of it, or the policy with its adapters off."""
     policy = state.reference or state.policy
     adapters_off = state.adapters.disable_adapter() if state.adapters else nullcontext()
-    with gathered(policy), adapters_off:
+    with unsharded(policy), adapters_off:
         yield policy
 
 
@@ -1085,7 +1071,7 @@ def measure(state, config, rollout):
     """`evaluate` on the held-out problems, always with the same seeds; empty without them."""
     if state.held_out is None:
         return {}
-    with gathered(state.policy):
+    with unsharded(state.policy):
         model = state.policy.model
         result, rows = evaluate(model, state.processor, state.held_out, config, rollout)
     if RANK == 0:  # always the same two problems, to compare responses before and after
@@ -1390,7 +1376,7 @@ def shard(policy, config):
 
 
 @contextmanager
-def gathered(policy):
+def unsharded(policy):
     """Inside, each process has all weights, so that it can sample as many tokens as it likes."""
     parts = [part for part in policy.modules() if isinstance(part, fsdp.FSDPModule)]
     for part in parts:
@@ -1406,13 +1392,10 @@ def gathered(policy):
 # A checkpoint holds what is trained, its moments and the position in the run. Random states are no
 # part of it: each step seeds its own.
 
-RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
-scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*"""
 MAY_CHANGE = """resume overwrite config output_dir save_steps keep_checkpoints eval_steps check
 cache_gb token_budget gradient_checkpointing save_dtype"""
-EVAL_RESULTS = "eval.json responses.jsonl"
-PROGRESS = ("step", "optimizer_step", "bad_updates", "before")
-TRAINED = sharded.StateDictOptions(ignore_frozen_params=True, strict=False)
+PROGRESS = ("step", "optimizer_step", "skipped_updates", "before")
+TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def identity(state, config):
@@ -1426,7 +1409,7 @@ def identity(state, config):
 
 def tensors_of(state):
     """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
-    model, optimizer = sharded.get_state_dict(state.policy, state.optimizer, options=TRAINED)
+    model, optimizer = dcp_state.get_state_dict(state.policy, state.optimizer, options=TRAINED)
     once = dict(state.policy.named_parameters())  # without the second name of a tied weight
     model = {name: weight for name, weight in model.items() if name in once}
     return {"model": model, "optimizer": optimizer}
@@ -1443,7 +1426,7 @@ def save_checkpoint(state, output, config):
         progress["processes"] = WORLD
         (folder / "state.json").write_text(json.dumps(progress))
     gather(None)  # the others wait for the folder
-    sharded_files.save(tensors_of(state), checkpoint_id=folder)
+    dcp.save(tensors_of(state), checkpoint_id=folder)
     if RANK == 0:
         rotate_checkpoints(output, config.keep_checkpoints)
 
@@ -1458,8 +1441,8 @@ def restore(state, output, config):
             old, new = saved["identity"], identity(state, config)
             changed = [f"--{name}" for name in new if new[name] != old.get(name)]
             if not changed:
-                sharded_files.load(tensors, checkpoint_id=folder)
-        except (OSError, ValueError, sharded_files.api.CheckpointException) as error:
+                dcp.load(tensors, checkpoint_id=folder)
+        except (OSError, ValueError, dcp.api.CheckpointException) as error:
             say(f"warning: {folder} is damaged and passed over: {last_line(error)}")
             damaged.append(folder)
             continue
@@ -1468,7 +1451,7 @@ def restore(state, output, config):
                 f"{folder} cannot go on: {', '.join(changed)} (or the content of the file) changed "
                 "since; put it back, or name another --output_dir"
             )
-        sharded.set_state_dict(
+        dcp_state.set_state_dict(
             state.policy,
             state.optimizer,
             model_state_dict=tensors["model"],
@@ -1498,7 +1481,7 @@ def last_line(error):
 def save_final(state, folder, config):
     """Write a folder that from_pretrained and AutoProcessor load, with adapters merged."""
     options = replace(TRAINED, full_state_dict=True, cpu_offload=True)
-    weights = sharded.get_model_state_dict(state.policy, options=options)
+    weights = dcp_state.get_model_state_dict(state.policy, options=options)
     if RANK:
         return
     model = load_model(replace(config, device="cpu"), trained=False)
@@ -1593,48 +1576,36 @@ def data_uri(image):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def log_step(progress, output, state, problems, rollouts, scores, advantages, metrics, config):
+def log_step(progress, output, state, problems, rollouts, scores, metrics, config):
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
-    rows = response_rows(problems, rollouts, {**scores, "advantage": advantages})
-    groups = [row for part in gather(rows) for row in part]
+    lengths = rollouts.mask.sum(-1)
+    values = {
+        **scores,
+        "response_length": lengths,
+        "truncated_fraction": lengths >= config.max_new_tokens,
+        "zero_weight_fraction": scores["weight"] == 0,
+        "skipped_fraction": (scores["advantage"] == 0).all(-1),
+    }
+    difficulty = [problem["difficulty"] for problem in problems]
+    if None not in difficulty:  # measured when the ladder was made
+        values["difficulty"] = torch.tensor(difficulty)
+    parts = gather({name: value.double().cpu() for name, value in values.items()})
     if RANK:
         return
-    responses = [one for row in groups for one in row["responses"]]
-    for one in responses:
-        one["truncated"] = one["length"] >= config.max_new_tokens
-    for row in groups:
-        row["zero_weight"] = row["weight"] == 0
-        row["skipped"] = not any(one["advantage"] for one in row["responses"])
-    means = {name: mean(responses, name) for name in scores if name != "weight"}
-    if None not in [row["difficulty"] for row in groups]:  # measured when the ladder was made
-        means["difficulty"] = mean(groups, "difficulty")
-    metrics = {
-        "step": state.step,
-        "total_steps": len(state.steps),
-        **means,
-        "response_length": mean(responses, "length"),
-        "truncated_fraction": mean(responses, "truncated"),
-        "weight": mean(groups, "weight"),
-        "zero_weight_fraction": mean(groups, "zero_weight"),
-        "skipped_fraction": mean(groups, "skipped"),
-        **metrics,
-    }
+    means = {name: torch.cat([part[name] for part in parts]).mean().item() for name in values}
+    del means["advantage"]  # 0 in every group
+    metrics = {"step": state.step, "total_steps": len(state.steps), **means, **metrics}
     append_log(output / "metrics.jsonl", [metrics])
+    rows = response_rows(problems, rollouts, scores)
     order = sorted(range(len(rows)), key=lambda b: -rows[b]["weight"])  # those that teach, first
-    for b in order if state.bad_updates else order[:2]:
+    for b in order if state.skipped_updates else order[:2]:
         rows[b]["pictures"] = [data_uri(image) for image in problems[b]["images"]]
         append_log(output / "rollouts.jsonl", [{"step": state.step, **rows[b]}])
-    progress.update()
     line = "step {step}  reward {reward:.3f}  accuracy {accuracy:.3f}  format {format:.3f} of 0.5  "
     line += "length {response_length:.0f}  clipped {clip_fraction:.3f}  kl {kl:.2g}"
     progress.write(line.format(**metrics))
     if "eval_accuracy" in metrics:
         progress.write(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
-    if state.bad_updates >= 3:
-        raise ValueError(
-            f"three updates in a row had NaN or infinite gradients, the last in step {state.step}; "
-            f"its responses end {output}/rollouts.jsonl"
-        )
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1646,25 +1617,20 @@ TOY = Path(__file__).resolve().parent / "toy" / "config.json"
 def check_options(config):
     """ValueError for options of `train` that contradict each other, with the arithmetic."""
     c = config
-    left_over = c.prompts_per_step % c.minibatch_prompts
-    for wrong, why in (
-        (c.num_generations < 2, "--num_generations 1: a response is compared with its group"),
-        (c.temperature == 0, "--temperature 0 makes all responses of a group equal"),
-        (
-            left_over,
-            f"--prompts_per_step {c.prompts_per_step} is no multiple of --minibatch_prompts {c.minibatch_prompts}",
+    groups = f"--prompts_per_step {c.prompts_per_step}"
+    wrong = {
+        "--num_generations 1: a response is compared with its group": c.num_generations == 1,
+        "--temperature 0 makes all responses of a group equal": c.temperature == 0,
+        f"{groups} is no multiple of --minibatch_prompts {c.minibatch_prompts}": (
+            c.prompts_per_step % c.minibatch_prompts
         ),
-        (
-            c.prompts_per_step < WORLD,
-            f"--prompts_per_step {c.prompts_per_step} for {WORLD} processes",
-        ),
-        (
-            c.bonus and c.min_length >= c.max_new_tokens,
-            f"--min_length {c.min_length} >= --max_new_tokens {c.max_new_tokens}: no response can get the bonus (--bonus 0)",
-        ),
-        (c.eval_steps and not c.eval_data, "--eval_steps needs --eval_data"),
-    ):
-        if wrong:
+        f"{groups} for {WORLD} processes": c.prompts_per_step < WORLD,
+        f"--min_length {c.min_length} >= --max_new_tokens {c.max_new_tokens}: no response can get "
+        "the bonus (--bonus 0)": c.bonus and c.min_length >= c.max_new_tokens,
+        "--eval_steps needs --eval_data": c.eval_steps and not c.eval_data,
+    }
+    for why, is_wrong in wrong.items():
+        if is_wrong:
             raise ValueError(why)
 
 
@@ -1708,7 +1674,7 @@ def main():
         raise SystemExit("observe_r1: stopped; what was written so far is kept") from None
     except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"observe_r1: {error}") from error
-    except sharded_files.api.CheckpointException as error:
+    except dcp.api.CheckpointException as error:
         raise SystemExit(f"observe_r1: no checkpoint written: {last_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise SystemExit(

@@ -395,14 +395,18 @@ def test_overwrite_keeps_what_the_new_run_needs_or_has_not_checked(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "run" / "final")
     (tmp_path / "run" / "summary.json").write_text("{}")
     config = Config(output_dir=str(tmp_path / "run"), overwrite=True)
+    rows = [{"question": "What is 3+4?", "answer": "7"}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
     for options, message in (
         ({"data": "nothing.jsonl"}, "no such file"),
+        ({"data": data, "eval_data": "nothing.jsonl"}, "nothing.jsonl: there is no such file"),
         ({"model": str(tmp_path / "run" / "final")}, "would delete --model"),
     ):
         with pytest.raises(ValueError, match=message):
-            observe_r1.train(dataclasses.replace(config, **{"model": str(TOY / "model"), **options}))
-    rows = [{"question": "What is 3+4?", "answer": "7"}]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
+            observe_r1.train(
+                dataclasses.replace(config, **{"model": str(TOY / "model"), **options})
+            )
+        assert (tmp_path / "run" / "summary.json").exists()
     model = str(tmp_path / "run" / "final")
     observe_r1.evaluate_model(dataclasses.replace(config, data=data, model=model, max_new_tokens=8))
     names = {path.name for path in (tmp_path / "run").glob("*")}

@@ -14,7 +14,6 @@ from observe_r1 import (
     Config,
     RoomyLayer,
     encode_prompts,
-    join_prompts,
     prompt_length,
     rollout,
     slice_prompts,
@@ -91,21 +90,22 @@ def test_a_slice_of_a_batch_holds_the_pictures_of_its_prompt(processor, problems
     assert (batch["attention_mask"] == 0).any()
     for b, problem in enumerate(problems):
         alone = encode_prompts([problem], processor, config)
-        chosen = slice_prompts(batch, b)
+        chosen = slice_prompts(batch, [b])
         assert set(chosen) == set(alone) - {"num_images"}
         assert ("pixel_values" in chosen) == bool(problem["images"])
         for name, value in chosen.items():
             assert torch.equal(value, alone[name]), name
 
 
-def test_joined_prompts_are_what_the_processor_makes_of_them_together(processor, problems, config):
-    together = encode_prompts(problems, processor, config)
-    alone = [encode_prompts([problem], processor, config) for problem in problems]
-    joined = join_prompts(alone)
-    assert set(joined) == set(together)
-    for name, value in joined.items():
-        assert torch.equal(value, together[name]), name
-    assert "pixel_values" not in join_prompts([alone[3]])
+@pytest.mark.parametrize("chosen", [[4, 0], [3, 2, 4], [1, 3], [3], [0, 1, 2, 3, 4]])
+def test_a_slice_is_what_the_processor_makes_of_these_prompts_alone(
+    processor, problems, config, chosen
+):
+    part = slice_prompts(encode_prompts(problems, processor, config), chosen)
+    alone = encode_prompts([problems[b] for b in chosen], processor, config)
+    assert set(part) == set(alone) - {"num_images"}
+    for name, value in part.items():
+        assert torch.equal(value, alone[name]), name
 
 
 # ----------------------------------------------------------------------------- tokens, masks, texts
@@ -233,7 +233,7 @@ def test_prompts_and_pictures_of_chunks_belong_to_their_problems(
     rollouts = run_rollout(model, processor, problems, replace(config, max_new_tokens=2))
     for b, problem in enumerate(problems):
         alone = encode_prompts([problem], processor, config)
-        chosen = slice_prompts(rollouts.prompt, b)
+        chosen = slice_prompts(rollouts.prompt, [b])
         for name, value in chosen.items():
             assert torch.equal(value, alone[name]), name
 

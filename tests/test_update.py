@@ -536,9 +536,9 @@ def test_an_update_with_bad_gradients_is_left_out(model, processor, problems, co
     update(state, rollouts, advantages, config)
     before = copy.deepcopy(model.state_dict())
     moments = copy.deepcopy(state.optimizer.state_dict()["state"])
-    for bad_updates in (1, 2):
+    for count in (1, 2):
         metrics = update(state, rollouts, advantages * value, config)
-        assert metrics["skipped_updates"] == state.bad_updates == bad_updates
+        assert metrics["skipped_updates"] == state.skipped_updates == count
         assert not math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     for index, moment in state.optimizer.state_dict()["state"].items():
@@ -588,17 +588,17 @@ def run(tmp_path_factory):
         calls.append(SimpleNamespace(problems=problems, rollouts=rollouts, how=how))
         return rollouts
 
-    optimizer_step = observe_r1.optimizer_step
+    clip_and_step = observe_r1.clip_and_step
 
     def stepped(state, config):
         rates.append(state.optimizer.param_groups[0]["lr"])
-        return optimizer_step(state, config)
+        return clip_and_step(state, config)
 
     transformers.utils.logging.get_logger().warning_once.cache_clear()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", ResourceWarning)
-        patch.setattr(observe_r1, "optimizer_step", stepped)
+        patch.setattr(observe_r1, "clip_and_step", stepped)
         for name in ("transformers", "torch"):
             logging.getLogger(name).addHandler(said)
         summary = observe_r1.train(config, recorded)
@@ -772,13 +772,11 @@ def test_groups_of_weight_zero_and_groups_without_update(tmp_path, dynamic_weigh
     problem = {"id": "a", "question": "q", "answer": "3", "difficulty": 0.5, "images": []}
     config = Config(dynamic_weight=dynamic_weight, max_new_tokens=5, output_dir=str(tmp_path))
     scores = score_rollouts(rollouts, [problem] * 4, config)
-    advantages = group_advantages(scores["reward"], scores["weight"])
-    state = SimpleNamespace(step=1, steps=[0], bad_updates=0)
-    progress = SimpleNamespace(update=lambda: None, write=lambda text: None)
+    scores["advantage"] = group_advantages(scores["reward"], scores["weight"])
+    state = SimpleNamespace(step=1, steps=[0], skipped_updates=0)
+    progress = SimpleNamespace(write=lambda text: None)
     made = {"clip_fraction": 0.0, "kl": 0.0}
-    observe_r1.log_step(
-        progress, tmp_path, state, [problem] * 4, rollouts, scores, advantages, made, config
-    )
+    observe_r1.log_step(progress, tmp_path, state, [problem] * 4, rollouts, scores, made, config)
     (line,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert line["zero_weight_fraction"] == (0.75 if dynamic_weight else 0)
     assert line["skipped_fraction"] == (0.75 if dynamic_weight else 0.5)

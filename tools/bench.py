@@ -691,7 +691,7 @@ def measure(options):
     state = observe_r1.prepare(config, folder, observe_r1.rollout)
     problems = [picture(pixels)[0]]
     forget_peak()
-    with observe_r1.gathered(state.policy):
+    with observe_r1.unsharded(state.policy):
         rollouts = observe_r1.rollout(state.policy.model, state.processor, problems, config)
     sampled = resident("VmHWM") - before
     forget_peak()

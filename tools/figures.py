@@ -26,9 +26,7 @@ TOY = HERE.parent / "toy"
 sys.path[:0] = [str(HERE), str(HERE.parent), str(TOY)]
 
 import ablate
-
 import report
-from observe_r1 import group_advantages, grpo_loss, mix_ladder, pack_group
 from report import (
     BLUE,
     CARD,
@@ -42,6 +40,8 @@ from report import (
     new_figure,
     style_axes,
 )
+
+from observe_r1 import group_advantages, grpo_loss, mix_ladder, pack_group
 from rewards import bonus_rewards, dynamic_weight
 
 # How many of 1,000 problems have 0, 1, … 8 of 8 responses wrong in the paper's ladder.

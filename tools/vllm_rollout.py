@@ -100,9 +100,8 @@ def vllm_rollout(model, processor, problems, config):
     B, G = len(problems), config.num_generations
     mask = pad_sequence([torch.ones_like(ids) for ids in responses], batch_first=True)
     groups = [responses[b * G : (b + 1) * G] for b in range(B)]
-    prompts = [observe_r1.encode_prompts([problem], processor, config) for problem in problems]
     return observe_r1.Rollouts(
-        prompt=observe_r1.join_prompts(prompts),
+        prompt=observe_r1.encode_prompts(problems, processor, config),
         response_ids=pad_sequence(responses, batch_first=True).view(B, G, -1),
         mask=mask.view(B, G, -1),
         texts=[processor.batch_decode(group, skip_special_tokens=True) for group in groups],
