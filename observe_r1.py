@@ -423,7 +423,8 @@ def rollout(model, processor, problems, config) -> Rollouts:
     B, G = len(problems), config.num_generations
     if B == 0:
         raise ValueError("--skip_bad has left no problem of this step")
-    limit = config.cache_gb * 1e9 / (cache_bytes(model) * G)  # tokens of a chunk, once per prompt
+    token_bytes = cache_bytes(model.config, compute_dtype(model.device))
+    limit = config.cache_gb * 1e9 / (token_bytes * G)  # tokens of a chunk, once per prompt
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     prompt = encode_prompts(problems, processor, config)
@@ -1008,6 +1009,78 @@ def add_adapters(model, config):
     return peft.get_peft_model(model, lora)
 
 
+def estimate_memory(config, prompt_tokens):
+    """Bytes of one device that training takes at most, by part, from the shapes of the model alone.
+
+    prompt_tokens: of the longest prompt. Responses are taken to be as long as they may get.
+    """
+    shapes = transformers.AutoConfig.from_pretrained(config.model)
+    text, tower = shapes.get_text_config(), shapes.vision_config
+    with torch.device("meta"):  # shapes without numbers
+        model = transformers.Qwen2_5_VLForConditionalGeneration(shapes)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    trained, dtype = size, compute_dtype(pick_device(config))
+    if config.freeze_vision:
+        trained -= sum(parameter.numel() for parameter in model.model.visual.parameters())
+        del model.model.visual  # nor does it get adapters
+    weights = 4 * size
+    if config.lora_rank:  # two thin matrices beside each linear layer but the head
+        linear = [part for part in model.model.modules() if isinstance(part, torch.nn.Linear)]
+        trained = config.lora_rank * sum(part.in_features + part.out_features for part in linear)
+        weights = 4 * trained + dtype.itemsize * size
+
+    P, T, G = prompt_tokens, config.max_new_tokens, config.num_generations
+    tokens = max(P + T, min(config.token_budget, P + G * T))  # of a pass
+    patches = 4 * P  # of the pictures; the tower merges four into a token
+    # What one layer computes for its backward pass, and what stays of it when that is made again.
+    text_layer = tokens * (9 * text.hidden_size + 6 * text.intermediate_size)
+    tower_layer = patches * (9 * tower.hidden_size + 6 * tower.intermediate_size)
+    text_kept, tower_kept = tokens * text.hidden_size, patches * tower.hidden_size
+    if not config.gradient_checkpointing:
+        text_kept, tower_kept = text_layer, tower_layer
+    kept = text.num_hidden_layers * text_kept + tower.depth * tower_kept * (
+        not config.freeze_vision
+    )
+    logits = 16 * min(512, G * T) * text.vocab_size
+    activations = kept * dtype.itemsize + max(max(text_layer, tower_layer) * dtype.itemsize, logits)
+    prompts = math.ceil(config.prompts_per_step / WORLD)
+    prompt_cache = cache_bytes(shapes, dtype) * G * (P + T)
+    parts = {
+        "weights": weights / WORLD,
+        "moments": 8 * trained / WORLD,
+        "reference": 4 * size / WORLD if config.kl_coef and not config.lora_rank else 0,
+        "gradients": 4 * trained / WORLD,
+    }
+    if config.cpu_offload:
+        parts = dict.fromkeys(parts, 0)
+    # Weights as they are computed with: put together from the shards, or cast by autocast.
+    copied = WORLD > 1 or config.cpu_offload or dtype.itemsize < 4 and not config.lora_rank
+    parts["copies"] = dtype.itemsize * size * copied
+    held = sum(parts.values()) - parts["gradients"]
+    parts["activations"] = activations
+    parts["cache"] = max(prompt_cache, min(prompt_cache * prompts, config.cache_gb * 1e9))
+    parts["peak"] = held + max(parts["gradients"] + activations, parts["cache"])
+    return parts
+
+
+def report_memory(config, prompt_tokens):
+    """Say how much memory training needs, and if there is less, what would help and how much."""
+    parts, there = estimate_memory(config, prompt_tokens), device_memory(pick_device(config))
+    told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "peak")
+    say(f"memory of a process, at most some {parts['peak'] / 1e9:.1f} GB: {told}")
+    if parts["peak"] < there:
+        return
+    say(f"warning: that is more than the {there / 1e9:.1f} GB that there are. What would help:")
+    helps = {"lora_rank": 64, "freeze_vision": True, "kl_coef": 0.0, "gradient_checkpointing": True}
+    helps |= {"token_budget": config.token_budget // 2, "cache_gb": config.cache_gb / 4}
+    helps |= {"max_new_tokens": config.max_new_tokens // 2, "cpu_offload": True}
+    for name, value in helps.items():
+        less = estimate_memory(replace(config, **{name: value}), prompt_tokens)
+        saved = (parts["peak"] - less["peak"]) / 1e9
+        if saved > 0.1:
+            say(f"  --{name} {value}: {saved:.1f} GB less")
+
+
 def prepare(config, output, rollout):
     """Everything that training needs; says what is going to happen."""
     check_options(config)
@@ -1020,6 +1093,7 @@ def prepare(config, output, rollout):
     if len(steps[-1]) < WORLD:
         raise ValueError(f"a step of {len(steps[-1])} problems for {WORLD} processes")
 
+    report_memory(config, max(problems["prompt_tokens"]))
     set_seed(config.seed)  # adapters start at random
     model = load_model(config, trained=not config.lora_rank)
     model.model.visual.requires_grad_(not config.freeze_vision)
@@ -1031,6 +1105,9 @@ def prepare(config, output, rollout):
         reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    for parameter in trained:  # made now, so that no checkpoint lacks a moment
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
@@ -1169,7 +1246,8 @@ def load_problems(source, split="train", config=None, processor=None, folder=Non
             datasets.Value("string"),
         )
         features |= dict.fromkeys(LADDER, datasets.Value("float64"))
-        features |= {"images": datasets.List(datasets.Image()), "pictures": datasets.Value("int64")}
+        features |= dict.fromkeys(("pictures", "prompt_tokens"), datasets.Value("int64"))
+        features["images"] = datasets.List(datasets.Image())
         table.map(
             read_row,
             with_indices=True,
@@ -1203,6 +1281,7 @@ def read_row(row, number, source, folder, ladder, config, processor):
         "id": str(number if name is None else name),
         "fault": "",
         "pictures": 0,
+        "prompt_tokens": 0,
         "images": [],
     }
     problem["place"] = f"{source}: row {number} (id {problem['id']})"
@@ -1236,7 +1315,7 @@ def read_row(row, number, source, folder, ladder, config, processor):
                 opened[-1].load()
             problem["images"].append({"bytes": content, "path": None})
             digest.update(content)
-        check_problem({**problem, "images": opened}, config, processor)
+        problem["prompt_tokens"] = check_problem({**problem, "images": opened}, config, processor)
     except UNUSABLE as error:
         problem |= {"fault": f"{problem['place']}: {str(error)[:300]}", "images": []}
     return problem | {"digest": digest.hexdigest(), "pictures": len(problem["images"])}
@@ -1248,7 +1327,10 @@ def is_readable(gold):
 
 
 def check_problem(problem, config, processor):
-    """ValueError for a problem that would train silently wrong; pictures need not be decoded."""
+    """Tokens of its prompt, 0 without a processor; pictures need not be decoded.
+
+    ValueError for a problem that would train silently wrong.
+    """
     question, gold, pictures = problem["question"], problem["answer"], problem["images"]
     if not question.strip() or not gold:
         raise ValueError("the question or the answer is empty")
@@ -1262,7 +1344,7 @@ def check_problem(problem, config, processor):
     if len(marks) not in (0, len(pictures)):
         raise ValueError(f"{len(marks)} marks {MARK} in the question for {len(pictures)} pictures")
     if not processor:
-        return
+        return 0
     tokens = processor.tokenizer.added_tokens_decoder.values()
     if found := [str(token) for token in tokens if token.special and str(token) in question]:
         raise ValueError(f"the question holds the control tokens {found}")
@@ -1272,6 +1354,7 @@ def check_problem(problem, config, processor):
             f"the prompt has {length} tokens, --max_prompt_tokens is {config.max_prompt_tokens}; "
             "a smaller --max_pixels makes it shorter"
         )
+    return length
 
 
 def report_faults(faults, config, show):
@@ -1345,18 +1428,27 @@ def compute_dtype(device):
     return torch.bfloat16 if has_bf16 and has_bf16(including_emulation=False) else torch.float32
 
 
+def device_memory(device):
+    """Bytes that a process has on the device, or in the machine if the device has none of its own."""
+    if memory := getattr(torch.get_device_module(device), "mem_get_info", None):
+        return memory()[1]
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+
+
 def autocast(model):
     """Arithmetic in compute_dtype. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
     dtype = compute_dtype(model.device)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def cache_bytes(model):
-    """Bytes of the keys and values of one token in all layers."""
-    text = model.config.get_text_config()
+def cache_bytes(shapes, dtype):
+    """Bytes of the keys and values of one token in all layers; shapes: a model's configuration."""
+    text = shapes.get_text_config()
     head_size = text.hidden_size // text.num_attention_heads
-    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
-    return numbers * compute_dtype(model.device).itemsize
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * dtype.itemsize
 
 
 def shard(policy, config):

@@ -100,7 +100,7 @@ def problems():
 def few(tmp_path):
     """24 toy problems with scores of old, one of them with a gold that no rule can check."""
     rows = observe_r1.load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
-    rows = rows.remove_columns(["digest", "place", "fault", "pictures"]).to_list()
+    rows = rows.remove_columns(["digest", "place", "fault", "pictures", "prompt_tokens"]).to_list()
     rows[3]["answer"] = "N/A"
     file = tmp_path / "raw.parquet"
     write_parquet(file, rows)

@@ -344,7 +344,7 @@ def test_bytes_of_the_cache(model):
     """Keys and values of 4 layers, 2 heads of 32 numbers, 4 bytes each, counted in a real cache."""
     cache = model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
     counted = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    assert observe_r1.cache_bytes(model) == counted / 10 == 2 * 4 * 2 * 32 * 4
+    assert observe_r1.cache_bytes(model.config, torch.float32) == counted / 10 == 2 * 4 * 2 * 32 * 4
 
 
 # ----------------------------------------------------------------------------------- number formats
@@ -384,7 +384,7 @@ def test_bf16_only_where_the_device_has_it(model, config, monkeypatch, module, d
     with observe_r1.autocast(model):
         product = torch.nn.Linear(2, 2)(torch.ones(2, 2))
     assert product.dtype == dtype
-    assert observe_r1.cache_bytes(model) == 2 * 4 * 2 * 32 * dtype.itemsize
+    assert observe_r1.cache_bytes(model.config, dtype) == 2 * 4 * 2 * 32 * dtype.itemsize
 
 
 def test_the_cpu_computes_in_fp32():

@@ -175,40 +175,6 @@ def test_the_peak_of_a_phase_is_what_it_held(bench, capsys):
     assert peaks["a quarter of a GiB"][1] == pytest.approx(peaks["nothing"][1], abs=0.03)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for the old name
-def test_memory_estimate_by_hand(bench):
-    """3B on one card: what is held is bytes times weights; adapters leave the weights in bf16."""
-    size = 3_754_622_976
-    model = bench.random_model("3b", "meta")
-    config = observe_r1.Config(max_new_tokens=1024, gradient_checkpointing=True)
-    parts = bench.estimate_memory(model, config, 1000, number=2)
-    assert parts["weights"] == parts["gradients"] == parts["reference"] == 4 * size
-    assert parts["moments"] == 8 * size
-    assert parts["gathered"] == 0
-    assert parts["peak"] == sum(parts.values()) - parts["cache"] - parts["peak"]
-    shared = bench.estimate_memory(model, config, 1000, processes=8, number=2)
-    assert shared["moments"] == size
-    assert shared["gathered"] == 2 * size
-    assert shared["peak"] < 0.4 * parts["peak"]
-
-    frozen = sum(parameter.numel() for parameter in model.model.visual.parameters())
-    model.model.visual.requires_grad_(False)
-    half = bench.estimate_memory(model, replace(config, freeze_vision=True), 1000, number=2)
-    assert half["weights"] == 4 * size
-    assert half["moments"] == 8 * (size - frozen)
-
-    pytest.importorskip("peft")
-    model = bench.random_model("3b", "meta")
-    lora = replace(config, lora_rank=64, cache_gb=4.0)  # the default alone takes 16 GB
-    observe_r1.add_adapters(model, lora)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parts = bench.estimate_memory(model, lora, 1000, number=2)
-    assert parts["reference"] == 0
-    assert parts["weights"] == 2 * size + 4 * trained
-    assert parts["moments"] == 8 * trained
-    assert parts["peak"] < 16 * 2**30
-
-
 def test_rows_for_a_card_run_on_the_cpu(bench, capsys):
     options = SimpleNamespace(
         model="small",

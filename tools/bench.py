@@ -597,51 +597,6 @@ def memory(options):
     return peaks
 
 
-def estimate_memory(model, config, prompt_tokens, processes=1, number=None):
-    """Bytes that training takes at most on one device, by part.
-
-    model: as it will be trained, with adapters and with what is frozen; it may lie on the meta
-    device. prompt_tokens: of the longest prompt. number: bytes of a number in a computation.
-    """
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    number = number or observe_r1.compute_dtype(DEVICE).itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    P, T, G = prompt_tokens, config.max_new_tokens, config.num_generations
-    tokens = max(P + T, min(config.token_budget, P + G * T))  # of a pass
-
-    # What the backward pass needs of a layer, and what of it stays when the rest is made again.
-    layer = tokens * (9 * text.hidden_size + 6 * text.intermediate_size) * number
-    kept = tokens * text.hidden_size * number
-    tower = 4 * P * (9 * vision.hidden_size + 6 * vision.intermediate_size) * number
-    tower_kept = 4 * P * vision.hidden_size * number
-    if not config.gradient_checkpointing:
-        kept, tower_kept = layer, tower
-    if config.freeze_vision:
-        tower_kept = 0
-    logits = 16 * min(512, G * T) * text.vocab_size
-    activations = text.num_hidden_layers * kept + vision.depth * tower_kept
-    activations += max(layer, tower, logits)
-
-    head_size = text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * number
-    cached *= config.prompts_per_step / processes * G * (P + T)
-    parts = {
-        "weights": (4 * trained + (number if config.lora_rank else 4) * frozen) / processes,
-        "moments": 8 * trained / processes,
-        "reference": 0,
-        "gathered": (trained + frozen) * number if processes > 1 else 0,
-        "gradients": 4 * trained / processes,
-        "activations": activations,
-        "cache": min(config.cache_gb * 1e9, cached),
-    }
-    if config.kl_coef and not config.lora_rank:
-        parts["reference"] = 4 * (trained + frozen) / processes
-    held = sum(parts[name] for name in ("weights", "moments", "reference", "gathered"))
-    parts["peak"] = held + max(parts["cache"], parts["gradients"] + parts["activations"])
-    return parts
-
-
 CASES = {  # name: layers, processes, picture tokens, options
     "all weights": (8, 1, 144, {}),
     "all weights, --gradient_checkpointing false --kl_coef 0": (
@@ -699,15 +654,11 @@ def measure(options):
     advantages = torch.linspace(-1, 1, config.num_generations).expand(1, -1)
     observe_r1.update(state, rollouts, advantages, config)
     updated = resident("VmHWM") - before
-    model = random_model("small", "meta", layers=layers)
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    if config.lora_rank:
-        observe_r1.add_adapters(model, config)
     P = rollouts.prompt["input_ids"].shape[1]
     config.max_new_tokens = rollouts.mask.shape[-1]
-    expected = estimate_memory(model, config, P, processes)
+    expected = observe_r1.estimate_memory(config, P)
     if observe_r1.RANK == 0:
-        size = sum(parameter.numel() for parameter in model.parameters())
+        size = sum(p.numel() for p in random_model("small", "meta", layers=layers).parameters())
         result = {"size": size, "rollout": sampled, "update": updated, "expected": expected}
         print(json.dumps(result), flush=True)
 
@@ -759,7 +710,9 @@ def gpu(options):
         synchronise()
         rate = batch * tokens / (time.perf_counter() - started)
         length = prompt["input_ids"].shape[1] + tokens / 2
-        traffic = 2 * size + observe_r1.cache_bytes(model) * batch * length  # bytes of a token
+        traffic = (
+            2 * size + observe_r1.cache_bytes(model.config, model.dtype) * batch * length
+        )  # bytes of a token
         limit = batch * options.bandwidth / traffic
         what = f"rollout, {batch} responses of {tokens} tokens: {rate:,.0f} tokens/s"
         against = f"`generate`; bandwidth limit {limit:,.0f} tokens/s"
