@@ -1019,6 +1019,7 @@ def estimate_memory(config, prompt_tokens):
     with torch.device("meta"):  # shapes without numbers
         model = transformers.Qwen2_5_VLForConditionalGeneration(shapes)
     size = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(parameter.numel() for parameter in model.parameters())
     trained, dtype = size, compute_dtype(pick_device(config))
     if config.freeze_vision:
         trained -= sum(parameter.numel() for parameter in model.model.visual.parameters())
@@ -1028,21 +1029,23 @@ def estimate_memory(config, prompt_tokens):
         linear = [part for part in model.model.modules() if isinstance(part, torch.nn.Linear)]
         trained = config.lora_rank * sum(part.in_features + part.out_features for part in linear)
         weights = 4 * trained + dtype.itemsize * size
+        largest = config.lora_rank * max(part.out_features for part in linear)
 
     P, T, G = prompt_tokens, config.max_new_tokens, config.num_generations
     tokens = max(P + T, min(config.token_budget, P + G * T))  # of a pass
     patches = 4 * P  # of the pictures; the tower merges four into a token
-    # What one layer computes for its backward pass, and what stays of it when that is made again.
-    text_layer = tokens * (9 * text.hidden_size + 6 * text.intermediate_size)
-    tower_layer = patches * (9 * tower.hidden_size + 6 * tower.intermediate_size)
-    text_kept, tower_kept = tokens * text.hidden_size, patches * tower.hidden_size
-    if not config.gradient_checkpointing:
-        text_kept, tower_kept = text_layer, tower_layer
-    kept = text.num_hidden_layers * text_kept + tower.depth * tower_kept * (
-        not config.freeze_vision
-    )
+    towers = tower.depth * (not config.freeze_vision)
+    kept = made = 0
+    for count, n, part in ((text.num_hidden_layers, tokens, text), (towers, patches, tower)):
+        layer = n * (8 * part.hidden_size + 4 * part.intermediate_size)  # for its backward pass
+        made_backward = n * (part.hidden_size + 2 * part.intermediate_size)
+        if config.gradient_checkpointing:  # of all layers but one, only the input stays
+            made_backward += layer
+            layer = n * part.hidden_size
+        kept += count * layer
+        made = max(made, made_backward)
     logits = 16 * min(512, G * T) * text.vocab_size
-    activations = kept * dtype.itemsize + max(max(text_layer, tower_layer) * dtype.itemsize, logits)
+    activations = kept * dtype.itemsize + max(made * dtype.itemsize, logits)
     prompts = math.ceil(config.prompts_per_step / WORLD)
     prompt_cache = cache_bytes(shapes, dtype) * G * (P + T)
     parts = {
@@ -1058,9 +1061,10 @@ def estimate_memory(config, prompt_tokens):
     parts["copies"] = dtype.itemsize * size * copied
     held = sum(parts.values()) - parts["gradients"]
     parts["activations"] = activations
+    parts["optimizer"] = 8 * largest / WORLD * (not config.cpu_offload)  # AdamW's intermediates
     parts["cache"] = max(prompt_cache, min(prompt_cache * prompts, config.cache_gb * 1e9))
-    parts["peak"] = held + max(parts["gradients"] + activations, parts["cache"])
-    return parts
+    trains = parts["gradients"] + max(activations, parts["optimizer"])
+    return parts | {"peak": held + max(trains, parts["cache"])}
 
 
 def report_memory(config, prompt_tokens):
@@ -1104,7 +1108,8 @@ def prepare(config, output, rollout):
     if config.kl_coef and not adapters:
         reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    how = {"betas": (0.9, 0.95), "weight_decay": 0, "foreach": False}  # True: 4 bytes a weight more
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, **how)
     for parameter in trained:  # made now, so that no checkpoint lacks a moment
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}

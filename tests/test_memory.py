@@ -53,10 +53,12 @@ def vision_size(shapes):
 
 def test_what_full_training_holds(card, config):
     """4 bytes a weight, 8 of moments, 4 of gradient, 4 of reference, 2 of the copy in bf16."""
+    embedding = 151936 * HIDDEN
     parts = observe_r1.estimate_memory(config, 1000)
     assert parts["weights"] == parts["gradients"] == parts["reference"] == 4 * SIZE
     assert parts["moments"] == 8 * SIZE
     assert parts["copies"] == 2 * SIZE
+    assert parts["optimizer"] == 8 * embedding < parts["activations"]
     held = 18 * SIZE + max(4 * SIZE + parts["activations"], parts["cache"])
     assert parts["peak"] == held
     without = observe_r1.estimate_memory(replace(config, kl_coef=0.0), 1000)
@@ -77,8 +79,9 @@ def test_activations_and_cache_by_hand(card, config):
     short = observe_r1.estimate_memory(replace(config, token_budget=4096), 1000)
     assert short["activations"] == kept - 2 * LAYERS * (tokens - 4096) * HIDDEN + logits
     whole = observe_r1.estimate_memory(replace(config, gradient_checkpointing=False), 1000)
-    tower = 2 * 4000 * (9 * 1280 + 6 * 3420)
-    assert whole["activations"] == LAYERS * layer + 32 * tower + layer
+    text, tower = tokens * (8 * HIDDEN + 4 * INTERMEDIATE), 4000 * (8 * 1280 + 4 * 3420)
+    backward = 2 * tokens * (HIDDEN + 2 * INTERMEDIATE)
+    assert whole["activations"] == 2 * (LAYERS * text + 32 * tower) + max(backward, logits)
     frozen = observe_r1.estimate_memory(replace(config, freeze_vision=True), 1000)
     assert parts["activations"] - frozen["activations"] == 2 * 32 * 4000 * 1280
 
@@ -87,6 +90,8 @@ def test_several_processes_and_host_memory(card, config, monkeypatch, shapes):
     frozen = observe_r1.estimate_memory(replace(config, freeze_vision=True), 1000)
     assert frozen["weights"] == 4 * SIZE
     assert frozen["moments"] == 8 * (SIZE - vision_size(shapes))
+    short = observe_r1.estimate_memory(replace(config, max_new_tokens=1, num_generations=2), 10)
+    assert short["peak"] == 22 * SIZE + 8 * 151936 * HIDDEN  # the optimizer needs more than a pass
     offloaded = observe_r1.estimate_memory(replace(config, cpu_offload=True), 1000)
     assert offloaded["copies"] == 2 * SIZE
     assert offloaded["weights"] == offloaded["moments"] == offloaded["gradients"] == 0

@@ -435,15 +435,16 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def return_freed_memory():
+def return_freed_memory(piece=2**25, kept=2**28):
     """Let the allocator give back what is freed, so that resident memory is what is in use.
 
-    Pieces under 32 MiB are kept for the next ones, up to 256 MiB, because a fresh page is slow.
+    Pieces under `piece` bytes are kept for the next ones, up to `kept` bytes, because a fresh page
+    is slow.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
-    libc.mallopt(M_TRIM_THRESHOLD, 1 << 28)
+    libc.mallopt(M_MMAP_THRESHOLD, piece)
+    libc.mallopt(M_TRIM_THRESHOLD, kept)
 
 
 @contextmanager
@@ -623,7 +624,7 @@ def warm_up(config):
 
 def measure(options):
     """One rollout and one update of a case through `prepare`: its peak and its estimate, as JSON."""
-    return_freed_memory()
+    return_freed_memory(2**18, 2**22)  # what is kept would count as in use
     layers, processes, pixels, changes = CASES[options.case]
     folder = Path(options.folder)
     _, config = picture(pixels)
