@@ -1070,11 +1070,11 @@ def estimate_memory(config, prompt_tokens):
 def report_memory(config, prompt_tokens):
     """Say how much memory training needs, and if there is less, what would help and how much."""
     parts, there = estimate_memory(config, prompt_tokens), device_memory(pick_device(config))
-    told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "peak")
-    say(f"memory of a process, at most some {parts['peak'] / 1e9:.1f} GB: {told}")
+    told = [f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 1e8]
+    say(f"memory of a process at most, in GB: {', '.join(told) or 'less than 0.1'}")
     if parts["peak"] < there:
         return
-    say(f"warning: that is more than the {there / 1e9:.1f} GB that there are. What would help:")
+    say(f"warning: the peak exceeds the {there / 1e9:.1f} GB that there are. What would help:")
     helps = {"lora_rank": 64, "freeze_vision": True, "kl_coef": 0.0, "gradient_checkpointing": True}
     helps |= {"token_budget": config.token_budget // 2, "cache_gb": config.cache_gb / 4}
     helps |= {"max_new_tokens": config.max_new_tokens // 2, "cpu_offload": True}
@@ -1125,7 +1125,7 @@ def prepare(config, output, rollout):
     if told == "ladder" and None in problems["difficulty"]:
         told = "the file's"
     say(
-        f"{sum(p.numel() for p in trained):,} trained weights on {WORLD} x {model.device.type}, "
+        f"{sum(p.numel() for p in trained):,} trained parameters on {WORLD} x {model.device.type}, "
         f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {told} "
         f"order: {len(steps)} steps x {len(steps[0])} prompts x {config.num_generations} "
         f"responses, {updates} optimiser steps"
