@@ -712,6 +712,7 @@ def train(config, rollout=rollout):
             if stopping or config.save_steps and state.step % config.save_steps == 0:
                 save_checkpoint(state, output, config)
             if stopping:
+                progress.close()
                 raise SystemExit(f"stopped after step {state.step}; --resume true goes on from it")
         progress.close()
         save_final(state, output / "final", config)
