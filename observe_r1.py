@@ -882,7 +882,7 @@ def evaluate(model, processor, problems, config, rollout=rollout):
     half = 1.96 * accuracy.std() / max(1, len(rows) - 1) ** 0.5
     result = {
         "accuracy": accuracy.mean(),
-        "interval": [accuracy.mean() - half, accuracy.mean() + half],
+        "interval": np.clip(accuracy.mean() + np.array([-half, half]), 0, 1).tolist(),
         "format": np.mean([mean(row["responses"], "format") for row in rows]),
         "response_length": mean(rows, "complexity"),
         "n": len(rows),

@@ -457,6 +457,14 @@ def test_the_interval_agrees_with_a_bootstrap(monkeypatch):
     assert result["accuracy"] == pytest.approx(right.mean()) and result["n"] == 300
 
 
+def test_the_interval_stays_between_0_and_1(monkeypatch):
+    row = {"responses": [{"format": 0.5}], "complexity": 1.0}
+    rows = [{**row, "difficulty": float(number == 0)} for number in range(10)]
+    monkeypatch.setattr(observe_r1, "score_problems", lambda *_, **__: rows)
+    result, _ = observe_r1.evaluate(None, None, None, observe_r1.Config())
+    assert result["interval"] == [pytest.approx(0.9 - 1.96 * 0.3 / 3), 1.0]
+
+
 def test_the_held_out_pass_encodes_in_bounded_chunks(raw, tmp_path, monkeypatch):
     """At most --prompts_per_step problems at a time, whatever the number of held-out problems."""
     encode, batches, pixels = observe_r1.encode_prompts, [], []
