@@ -1687,7 +1687,7 @@ def log_step(progress, output, state, problems, rollouts, scores, metrics, confi
     difficulty = [problem["difficulty"] for problem in problems]
     if None not in difficulty:  # measured when the ladder was made
         values["difficulty"] = torch.tensor(difficulty)
-    parts = gather({name: value.double().cpu() for name, value in values.items()})
+    parts = gather({name: value.cpu().double() for name, value in values.items()})
     if RANK:
         return
     means = {name: torch.cat([part[name] for part in parts]).mean().item() for name in values}
