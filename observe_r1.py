@@ -222,8 +222,9 @@ def mix_ladder(difficulty, complexity, seed=0):
     Each problem is used once, so the sizes of the stages must satisfy, for every level l,
     sum over stages s of size[s] * share[s, l] = problems of level l. The loop solves this by
     expectation maximisation for mixture weights: each round sends the problems of a level to the
-    stages in proportion to what they ask of it. At the figure's level sizes this ends in the
-    figure's shares, elsewhere as near as possible, and never beyond the four nearest levels.
+    stages in proportion to what they ask of it. With as many problems in each level as in the
+    paper's figure this ends in the shares of that figure, elsewhere as near to them as possible,
+    and never beyond the four nearest levels.
     """
     figure = """
         .29  .18  .19  .19  .17
@@ -235,7 +236,8 @@ def mix_ladder(difficulty, complexity, seed=0):
         .05  .12  .54  .18  .12
         .02  .055 .10  .685 .14
         .02  .05  .07  .15  .72"""
-    # Shares of five neighbouring levels in each stage, read off to about .01.
+    # A line per stage: the shares of the five levels that it draws from, read off the paper's
+    # figure to about .01, which is why a line may sum to 1.02.
     shares = np.array(figure.split(), dtype=float).reshape(9, 5)
     share = np.zeros((9, 9))  # [stage, level]
     for stage in range(9):
@@ -307,7 +309,7 @@ class Rollouts:
 
 
 def slice_prompts(prompt, chosen):
-    """Some prompts of an encoded batch, with their pictures and no more padding than they need."""
+    """Some prompts of an encoded batch: their pictures, and only the padding that they need."""
     P = prompt["attention_mask"][chosen].sum(-1).max()
     part = {name: prompt[name][chosen, -P:] for name in TEXT_TENSORS}
     if any(prompt["num_images"][chosen]):
@@ -653,9 +655,9 @@ def grpo_loss(
 
 
 # ---------------------------------------------------------------------------------------- training
-# The algorithm box: sample, score, weigh, compare, update, in the order of the ladder. Groups whose
-# advantages are all 0 cost no pass, but stay in the denominator of the loss: the fewer groups are
-# left, the smaller the gradient.
+# A step samples, scores, weighs, compares and updates, on the next problems of the ladder. Groups
+# whose advantages are all 0 are not passed through the model, but stay in the denominator of the
+# loss: the fewer groups are left, the smaller the gradient.
 
 
 @dataclass
@@ -788,7 +790,7 @@ def update(state, rollouts, advantages, config):
 
 
 def clip_and_step(state, config):
-    """Clip the gradient and take one step, unless it is NaN or infinite. Returns its norm."""
+    """Scale a long gradient down and step, unless it is NaN or infinite. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # from the shards of all processes
         norm = norm.full_tensor()
@@ -1435,7 +1437,7 @@ def compute_dtype(device):
 
 
 def device_memory(device):
-    """Bytes that a process has on the device, or in the machine if the device has none of its own."""
+    """Bytes that a process has on the device, or in the machine where devices have none of their own."""
     if memory := getattr(torch.get_device_module(device), "mem_get_info", None):
         return memory()[1]
     if not hasattr(os, "sysconf"):  # Windows
