@@ -92,7 +92,7 @@ class Config:
     skip_bad: bool = False  # leave out problems that cannot be used, and count them
     check: bool = False  # decode all pictures before the start and list all bad rows
 
-    order: Literal["ladder", "sorted", "random"] = "ladder"  # order of the problems
+    order: Literal["ladder", "sorted", "random"] = "ladder"  # ladder: as the file stands
     max_steps: Natural = 0  # thin the ladder evenly to so many steps; 0: all of it
     prompts_per_step: Count = 128  # prompts of one rollout, which is one step
     num_generations: Count = 8  # G, the responses sampled for each prompt
@@ -208,8 +208,8 @@ def prompt_length(problem, processor, config):
 
 # ------------------------------------------------------------------------------------------ ladder
 # The paper's NeuraLadder. The difficulty of a problem is the share of wrong responses among 8, so
-# there are nine levels, and nine stages. Each stage draws mostly from its own level and a little
-# from the four nearest ones, so that training gets harder smoothly instead of in steps.
+# there are nine levels, and nine stages. Each stage but the first draws at least half from its own
+# level and the rest from the four nearest ones: training gets harder smoothly instead of in steps.
 
 
 def mix_ladder(difficulty, complexity, seed=0):
@@ -419,14 +419,14 @@ def rollout(model, processor, problems, config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
     Prompts are sampled in chunks whose key/value cache fits --cache_gb even if all responses reach
-    the cap, the longest prompts together, so that little of it is padding.
+    the cap. Prompts of similar length share a chunk, to save padding.
     """
     model.eval()  # no dropout while sampling
     B, G = len(problems), config.num_generations
     if B == 0:
         raise ValueError("--skip_bad has left no problem of this step")
     token_bytes = cache_bytes(model.config, compute_dtype(model.device))
-    limit = config.cache_gb * 1e9 / (token_bytes * G)  # tokens of a chunk, once per prompt
+    limit = config.cache_gb * 1e9 / (token_bytes * G)  # tokens that fit, if all G have them
     eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
     stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     prompt = encode_prompts(problems, processor, config)
@@ -453,7 +453,7 @@ def rollout(model, processor, problems, config) -> Rollouts:
 
 # --------------------------------------------------------------------------- rewards and advantages
 # reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
-# the weight of a group is 4 sigma p (1 - p), so that one that is all right or all wrong weighs 0.
+# the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
 
 
@@ -569,7 +569,7 @@ class Policy(torch.nn.Module):
             banned = vision_tokens(model)
             log_probs = token_log_probs(hidden, targets, model.lm_head, banned, temperature)
         # A group without pictures must still give the vision tower a gradient, of 0: with several
-        # processes FSDP waits for it, and one process shall compute the same as several.
+        # processes FSDP waits for it, and one process must compute the same as several.
         vision = [p.flatten()[0] for p in model.model.visual.parameters() if p.requires_grad]
         return log_probs + 0 * sum(vision)
 
@@ -610,7 +610,8 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # -------------------------------------------------------------------------------------------- loss
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. The
 # objective ratio * A pushes good responses up and bad ones down; clipping the ratio ends the push
-# once a token has moved by 20 %. The KL penalty keeps the policy near the model it started from.
+# once a token has moved by 20 % in the direction that its advantage asks for. The KL penalty keeps
+# the policy near the model it started from.
 
 
 def grpo_loss(
@@ -626,7 +627,8 @@ def grpo_loss(
     """GRPO (arXiv 2402.03300): log-probabilities and mask [N,T], advantages [N] -> loss, metrics.
 
     A token costs -min(ratio A, clip(ratio) A) + kl_coef * KL, a response the mean over its tokens.
-    Their sum is divided by num_responses, all that this optimiser step sampled (default N).
+    Their sum is divided by num_responses, those of the whole mini-batch, skipped groups included
+    (default N).
     ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
@@ -728,7 +730,7 @@ def train(config, rollout=rollout):
 
 
 def update(state, rollouts, advantages, config):
-    """The optimiser steps on one rollout, on mini-batches of whole groups. Returns metrics.
+    """Take an optimiser step for each mini-batch of whole groups of a rollout. Returns metrics.
 
     With several processes, prompt b of process r is number b * WORLD + r of the step.
     """
@@ -771,7 +773,7 @@ def update(state, rollouts, advantages, config):
             (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
             seen.append((len(log_probs), loss.item(), *metrics.values()))
         if most:  # without a gradient, the optimiser would still move the weights by its momentum
-            norms.append(clip_and_step(state, config))
+            norms.append(scale_and_step(state, config))
         learning_rate = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
 
@@ -789,7 +791,7 @@ def update(state, rollouts, advantages, config):
     }
 
 
-def clip_and_step(state, config):
+def scale_and_step(state, config):
     """Scale a long gradient down and step, unless it is NaN or infinite. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # from the shards of all processes

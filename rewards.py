@@ -63,8 +63,9 @@ def bonus_rewards(
 ) -> list[float]:
     """The bonus to the shortest correct response of a group, if it is longer than min_length.
 
-    The floor keeps "be short" from becoming "do not reason": below it nobody gets the bonus. Ties
-    go to the first. lengths: tokens with the stop token. ValueError if the sequences do not fit.
+    The floor keeps "be short" from becoming "do not reason": if the shortest correct response is
+    not longer, nobody gets the bonus, not even a longer one. Ties go to the first. lengths: tokens
+    with the stop token. ValueError if the sequences do not fit.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]

@@ -588,17 +588,17 @@ def run(tmp_path_factory):
         calls.append(SimpleNamespace(problems=problems, rollouts=rollouts, how=how))
         return rollouts
 
-    clip_and_step = observe_r1.clip_and_step
+    scale_and_step = observe_r1.scale_and_step
 
     def stepped(state, config):
         rates.append(state.optimizer.param_groups[0]["lr"])
-        return clip_and_step(state, config)
+        return scale_and_step(state, config)
 
     transformers.utils.logging.get_logger().warning_once.cache_clear()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", ResourceWarning)
-        patch.setattr(observe_r1, "clip_and_step", stepped)
+        patch.setattr(observe_r1, "scale_and_step", stepped)
         for name in ("transformers", "torch"):
             logging.getLogger(name).addHandler(said)
         summary = observe_r1.train(config, recorded)

@@ -188,7 +188,7 @@ def test_loss_is_the_mean_of_costs_and_the_norm_is_the_logged_one(toy):
         printed = float(re.search(rf"L by {name} +(\S+)", toy.text)[1])
         assert printed == pytest.approx(sum(costs) / 8, abs=1e-5)
     norm = float(re.search(r"gradient norm +([\d.]+)", toy.text)[1])
-    other = toy.step.trace.calls["clip_and_step"][0].result
+    other = toy.step.trace.calls["scale_and_step"][0].result
     logged = toy.step.run.steps[-1]["grad_norm"]  # the mean of both optimiser steps
     assert (norm + other) / 2 == pytest.approx(logged, abs=1e-4)
 

@@ -245,7 +245,7 @@ class Trace:
 # ------------------------------------------------------------------------------------- the step
 
 KEPT = ("rollout", "score_rollouts", "group_advantages", "update", "pack_group")
-KEPT += ("grpo_loss", "clip_and_step")
+KEPT += ("grpo_loss", "scale_and_step")
 
 
 @dataclass
@@ -615,7 +615,7 @@ def log_probs_part(step):
         "rollout, and the *reference* is the model before training. In the first rollout of a run "
         "old and reference are the same model."
     )
-    if len(step.trace.calls["clip_and_step"]) == 1:
+    if len(step.trace.calls["scale_and_step"]) == 1:
         yield "The other problem taught nothing here, so new is still old and every ratio is 1."
     yield [
         "log p(token) = z[token] - log sum exp z, z = logits / temperature",
@@ -690,7 +690,7 @@ def loss_part(step):
         columns = f"{number:<3}{len(tokens):<8}{tokens[0]['A']:<+9.4f}"
         lines.append(columns + f"{means[0]:<+16.5f}{means[1]:<11.6f}{cost:+.5f}")
     yield lines
-    calls = step.trace.calls["clip_and_step"]
+    calls = step.trace.calls["scale_and_step"]
     norm, limit = calls[-1].result, step.config.max_grad_norm
     scaled = f"longer than {limit:g}: scaled down to it" if norm > limit else f"at most {limit:g}"
     yield [
