@@ -37,6 +37,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -1011,7 +1012,8 @@ def add_adapters(model, config):
     lora = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=frozen
     )
-    return peft.get_peft_model(model, lora)
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        return peft.get_peft_model(model, lora)  # asks transformers for a name of old
 
 
 def estimate_memory(config, prompt_tokens):

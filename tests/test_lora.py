@@ -18,10 +18,6 @@ from observe_r1 import load_problems, response_log_probs, rollout, update
 
 peft = pytest.importorskip("peft")
 
-# peft itself asks for it by its old name; the calls that count here are ours.
-OLD_NAME = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-
 
 def lora_config(data, output, **options):
     """Three steps of one optimiser step each, with a rate at which adapters move visibly."""
@@ -214,6 +210,7 @@ def test_the_final_model_loads_by_itself_and_is_what_was_trained(run, toy_model,
     assert (trained - logits(toy_model, prompts)).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft's own call
 def test_the_adapter_loads_on_the_base_model(run, model, prompts):
     trained = logits(run.model, prompts)
     again = peft.PeftModel.from_pretrained(model, run.output / "final" / "adapter")

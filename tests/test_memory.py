@@ -103,7 +103,6 @@ def test_several_processes_and_host_memory(card, config, monkeypatch, shapes):
     assert parts["cache"] == 2 * 2 * LAYERS * KEYS * 8 * (1000 + 1024)  # one prompt each
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for the old name
 @pytest.mark.parametrize("freeze_vision", [False, True])
 def test_adapters_are_counted_as_peft_makes_them(card, config, freeze_vision):
     pytest.importorskip("peft")
