@@ -207,6 +207,39 @@ def check_own_difficulty(output, rows):
         assert row["difficulty"] == pytest.approx(wrong_of(row) / 4), row["id"]
 
 
+def test_easy_and_short_problems_are_left_out_and_the_others_keep_their_scores(
+    tmp_path, monkeypatch
+):
+    """The method's example: of difficulty 0 with 2, 23 and 56 tokens the first stays out."""
+    difficulty = [0.5, 0, 0, 0, 1, 0.25]
+    complexity = [9, 23, 2, 56, 40, 7]
+
+    def score(model, processor, problems, config, rollout=None, file=None):
+        rows = []
+        for row in range(len(problems)):
+            hard = {"difficulty": 1, "complexity": 1}  # nothing is solved without reasoning
+            if file.name == "scores":
+                hard = {"difficulty": difficulty[row], "complexity": complexity[row]}
+            rows.append({**hard, "row": row, "id": str(row), "responses": [{"text": ""}]})
+        return rows
+
+    monkeypatch.setattr(observe_r1, "score_problems", score)
+    monkeypatch.setattr(observe_r1, "load_model", lambda config, trained=True: None)
+    data = write_parquet(tmp_path / "raw.parquet", made_problems(6))
+    summary = observe_r1.ladder(fake_config(data, tmp_path / "out"))
+    assert summary["not_selected"] == 1 and summary["ladder"] == 5
+    assert summary["levels"] == [2, 0, 1, 0, 1, 0, 0, 0, 1]
+    table = observe_r1.load_problems(str(tmp_path / "out" / "ladder.parquet"))
+    questions = [row["question"] for row in made_problems(6)]
+    kept = set()
+    for row in table:
+        number = questions.index(row["question"])
+        assert (row["difficulty"], row["complexity"]) == (difficulty[number], complexity[number])
+        kept.add(number)
+    assert kept == {0, 1, 3, 4, 5}
+    assert table["stage"][:] == sorted(table["stage"])
+
+
 def test_a_row_deleted_between_kill_and_resume(fake_model, tmp_path, capsys):
     """By position, the scores of all rows behind the deleted one would belong to others."""
     rows = made_problems(20)

@@ -141,6 +141,16 @@ def test_where_it_fits_nothing_is_advised(capsys):
     assert capsys.readouterr().out == "memory of a process at most, in GB: less than 0.1\n"
 
 
+@pytest.mark.parametrize("share, lines", [(1.01, 1), (0.99, 2)])
+def test_the_warning_starts_where_the_peak_exceeds_the_memory(
+    card, config, monkeypatch, capsys, share, lines
+):
+    peak = observe_r1.estimate_memory(config, 1000)["peak"]
+    monkeypatch.setattr(observe_r1, "device_memory", lambda device: share * peak)
+    observe_r1.report_memory(config, 1000)
+    assert len(capsys.readouterr().out.splitlines()[:2]) == lines
+
+
 def test_memory_of_a_device(monkeypatch):
     card = SimpleNamespace(mem_get_info=lambda: (1, 24))
     machine = observe_r1.device_memory(torch.device("cpu"))

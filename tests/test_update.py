@@ -773,6 +773,7 @@ def test_groups_of_weight_zero_and_groups_without_update(tmp_path, dynamic_weigh
     config = Config(dynamic_weight=dynamic_weight, max_new_tokens=5, output_dir=str(tmp_path))
     scores = score_rollouts(rollouts, [problem] * 4, config)
     scores["advantage"] = group_advantages(scores["reward"], scores["weight"])
+    scores["advantage"][3, 0] = 0  # a single one of 0 does not make its group skipped
     state = SimpleNamespace(step=1, steps=[0], skipped_updates=0)
     progress = SimpleNamespace(write=lambda text: None)
     made = {"clip_fraction": 0.0, "kl": 0.0}
