@@ -435,11 +435,11 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def return_freed_memory(piece=2**25, kept=2**28):
+def return_freed_memory(piece, kept):
     """Let the allocator give back what is freed, so that resident memory is what is in use.
 
-    Pieces under `piece` bytes are kept for the next ones, up to `kept` bytes, because a fresh page
-    is slow.
+    Pieces under `piece` bytes come from a heap, which can have holes, and of whose free end `kept`
+    bytes are not given back: the smaller both are, the truer the figure, and the slower the run.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL("libc.so.6")
@@ -568,7 +568,7 @@ def memory(options):
     """One step with LoRA at real shapes: a sampled token, then the update on forced responses."""
     if DEVICE.type != "cpu":
         raise SystemExit("bench: `memory` measures resident memory on a CPU; see --gpu for a card")
-    return_freed_memory()
+    return_freed_memory(2**22, 2**26)
     processor, peaks = transformers.AutoProcessor.from_pretrained(CONFIG.model), {}
     B, G, T = options.prompts, options.responses, options.tokens
     print(
