@@ -21,6 +21,8 @@ import observe_r1
 DEVICE = observe_r1.pick_device(observe_r1.Config())
 DTYPE = observe_r1.compute_dtype(DEVICE)
 TRAIN = str(TOY / "ladder.parquet")
+# What test_resume.py and test_processes.py show on a CPU takes half a minute here.
+slow_on_a_cpu = [pytest.mark.slow] if DEVICE.type == "cpu" else []
 
 
 @pytest.fixture
@@ -73,7 +75,8 @@ def train_here(config, tmp_path):
     return read_jsonl(Path(config.output_dir) / "metrics.jsonl")
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("run", [pytest.param("resumed", marks=slow_on_a_cpu)])
+def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     whole = run_config(TRAIN, tmp_path / "whole", max_steps=2, save_steps=1, deterministic=True)
     train_here(whole, tmp_path)
     folder = tmp_path / "whole"
@@ -85,7 +88,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize("how", ["torchrun", "cpu_offload", "lora"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("torchrun", marks=slow_on_a_cpu), "cpu_offload", "lora"]
+)
 def test_other_ways_of_training(how, tmp_path):
     """One process of torchrun (NCCL on a card), weights in host memory, and adapters."""
     base = run_config(TRAIN, tmp_path / "plain", max_steps=2, save_steps=0)
