@@ -22,7 +22,7 @@ DEVICE = observe_r1.pick_device(observe_r1.Config())
 DTYPE = observe_r1.compute_dtype(DEVICE)
 TRAIN = str(TOY / "ladder.parquet")
 # What test_resume.py and test_processes.py show on a CPU takes half a minute here.
-slow_on_a_cpu = [pytest.mark.slow] if DEVICE.type == "cpu" else []
+SLOW = [pytest.mark.slow] if DEVICE.type == "cpu" else []
 
 
 @pytest.fixture
@@ -75,9 +75,10 @@ def train_here(config, tmp_path):
     return read_jsonl(Path(config.output_dir) / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("run", [pytest.param("resumed", marks=slow_on_a_cpu)])
-def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
-    whole = run_config(TRAIN, tmp_path / "whole", max_steps=2, save_steps=1, deterministic=True)
+@pytest.mark.parametrize("deterministic", [pytest.param(True, marks=SLOW)])
+def test_a_resumed_run_ends_with_the_same_bits(deterministic, tmp_path):
+    whole = run_config(TRAIN, tmp_path / "whole", max_steps=2, save_steps=1)
+    whole.deterministic = deterministic
     train_here(whole, tmp_path)
     folder = tmp_path / "whole"
     expected = final_weights(folder)
@@ -88,9 +89,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("torchrun", marks=slow_on_a_cpu), "cpu_offload", "lora"]
-)
+@pytest.mark.parametrize("how", [pytest.param("torchrun", marks=SLOW), "cpu_offload", "lora"])
 def test_other_ways_of_training(how, tmp_path):
     """One process of torchrun (NCCL on a card), weights in host memory, and adapters."""
     base = run_config(TRAIN, tmp_path / "plain", max_steps=2, save_steps=0)
