@@ -1761,6 +1761,8 @@ def parse_arguments(arguments):
                 setattr(base, name, str(path))
         parser.set_defaults(**asdict(base))  # options that were given win over these
         (config,) = parser.parse_args_into_dataclasses(options)
+    if config.cpu_offload and command != "train":
+        raise ValueError(f"--cpu_offload is for train alone: {command} would run on the CPU")
     config.output_dir = config.output_dir or f"runs/{command}"
     return command, config
 

@@ -59,6 +59,13 @@ def test_paths_of_a_file_start_at_its_folder(tmp_path, monkeypatch):
     assert parse_arguments([*words, "--data", "rows.jsonl"])[1].data == "rows.jsonl"
 
 
+@pytest.mark.parametrize("command", ["ladder", "eval"])
+def test_what_would_run_on_the_cpu_unasked_is_refused(command):
+    with pytest.raises(ValueError, match=f"--cpu_offload .*{command} would run on the CPU"):
+        parse_arguments([command, "--cpu_offload", "true"])
+    assert parse_arguments(["train", "--cpu_offload", "true"])[1].cpu_offload
+
+
 def test_no_arguments_train_the_toy(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command, config = parse_arguments([])
