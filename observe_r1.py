@@ -95,7 +95,7 @@ class Config:
 
     order: Literal["ladder", "sorted", "random"] = "ladder"  # ladder: as the file stands
     max_steps: Natural = 0  # thin the ladder evenly to so many steps; 0: all of it
-    prompts_per_step: Count = 128  # prompts of one rollout, which is one step
+    prompts_per_step: Count = 128  # prompts of a step: one rollout, then its optimiser steps
     num_generations: Count = 8  # G, the responses sampled for each prompt
     temperature: Amount = 1.0  # sampling temperature; 0: the likeliest token
     max_prompt_tokens: Count = 9216  # longer prompts are refused, never cut
@@ -129,7 +129,7 @@ class Config:
     keep_checkpoints: Natural = 2  # newest checkpoints that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint of --output_dir
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # number format of final/
-    clean_model: str = ""  # ladder: model that must fail without reasoning
+    clean_model: str = ""  # ladder: drops what this model solves without reasoning; default --model
 
     def __post_init__(self):
         """ValueError for a value of the wrong type or outside its range."""
@@ -209,8 +209,8 @@ def prompt_length(problem, processor, config):
 
 # ------------------------------------------------------------------------------------------ ladder
 # The paper's NeuraLadder. The difficulty of a problem is the share of wrong responses among 8, so
-# there are nine levels, and nine stages. Each stage but the first draws at least half from its own
-# level and the rest from the four nearest ones: training gets harder smoothly instead of in steps.
+# there are nine levels, and nine stages. Each stage but the first draws about half or more from its
+# own level, the rest from the four nearest: training gets harder smoothly instead of in steps.
 
 
 def mix_ladder(difficulty, complexity, seed=0):
@@ -268,8 +268,8 @@ def mix_ladder(difficulty, complexity, seed=0):
 def select_problems(difficulty, complexity):
     """Numbers of the problems that stay: of difficulty 0 only those with the longer responses.
 
-    A problem that was solved eight times out of eight may be missed later, the more likely the more
-    it takes to solve it. The threshold is the median complexity of difficulty 0.
+    A problem that was solved eight times out of eight may be missed later, especially if its
+    solutions are long. The threshold is the median complexity of difficulty 0.
     """
     easy = [c for d, c in zip(difficulty, complexity) if d == 0]
     threshold = np.median(easy) if easy else 0
@@ -305,7 +305,7 @@ class Rollouts:
 
     prompt: dict  # the processor's batch of B prompts, left padded; it stays in host memory
     response_ids: torch.Tensor  # [B,G,T]
-    mask: torch.Tensor  # [B,G,T], 1 up to and with the stop token: lengths, not token values, count
+    mask: torch.Tensor  # [B,G,T], 1 for each sampled token, the stop token too; built from lengths
     texts: list[list[str]]  # B lists of G
 
 
@@ -369,7 +369,7 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def sample(model, prompt, stop, config):
-    """B*G responses, each [T] with its stop token; a prompt is read once, its cache serves all G."""
+    """B*G responses [T], with the stop token if one came; a prompt is read once for all G."""
     inputs = model_inputs(model, prompt)
     G, P = config.num_generations, inputs["input_ids"].shape[1]
     cache = Cache(layer_class_to_replicate=RoomyLayer)
@@ -397,7 +397,7 @@ def sample(model, prompt, stop, config):
         response_ids[alive, t] = token
         length[alive] += ~done
         done = done | torch.isin(token, stop)
-        left = int((~done).sum())  # the one time in a step that Python waits for the GPU
+        left = int((~done).sum())  # once per token, Python waits for the GPU
         if left == 0 or t + 1 == config.max_new_tokens:
             break
         if left <= 0.75 * len(done):  # copying the cache for less does not pay
@@ -514,7 +514,7 @@ def pack_group(inputs, response_ids, mask):
     lengths = mask.sum(-1)  # [G]
     nth = mask.cumsum(-1)[mask]  # [N]: 1, 2, ... within each response
     # Rope has three axes. Text advances all of them together, from the largest value that any axis
-    # reached in the prompt, because a picture advances each axis by another amount.
+    # reached in the prompt, because a picture advances each axis by a different amount.
     positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
     owner = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)  # [N]
     owner = torch.nn.functional.pad(owner, (P, 0), value=-1)  # [P+N], -1: the prompt
@@ -633,7 +633,8 @@ def grpo_loss(
     ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
-    log p: unbiased, never negative, of low variance (k3 in joschu.net/blog/kl-approx.html).
+    log p: never negative, of low variance, unbiased for tokens that the policy itself sampled (k3
+    in joschu.net/blog/kl-approx.html).
     """
     mask = mask.to(log_probs.dtype)
     lengths = mask.sum(-1).clamp(min=1)  # [N]
@@ -1441,7 +1442,7 @@ def compute_dtype(device):
 
 
 def device_memory(device):
-    """Bytes that a process has on the device, or in the machine where devices have none of their own."""
+    """Bytes that a process has on its device; of the machine where the device has none."""
     if memory := getattr(torch.get_device_module(device), "mem_get_info", None):
         return memory()[1]
     if not hasattr(os, "sysconf"):  # Windows

@@ -404,18 +404,23 @@ def readme_block(sign):
 
 
 def test_adapter_for_trl():
-    """Called as GRPOTrainer._calculate_rewards does: all by keyword, the columns, extras."""
+    """Called as GRPOTrainer._calculate_rewards does: all by keyword, the columns, extras.
+
+    Two neighbouring problems have the same words and other pictures: they are two groups.
+    """
     reward = readme_block("def observe_r1_reward")["observe_r1_reward"]
     short, wrong = GOOD, GOOD.replace(">12<", ">13<")
-    rewards = reward(
-        prompts=["p"] * 3 + [[{"role": "user", "content": "q"}]] * 2,
-        completions=[short, short, wrong] + [[{"role": "assistant", "content": short}]] * 2,
-        completion_ids=[[0] * 300, [0] * 150, [0] * 120, [0] * 90, [0] * 200],
-        answer=["12"] * 5,
-        trainer_state=None,
-        log_metric=print,
-    )
-    assert rewards == pytest.approx([1.5, 1.7, 0.5, 1.5, 1.5])
+    chat = [[{"role": "assistant", "content": short}]]
+    call = {"answer": ["12"] * 16, "trainer_state": None, "log_metric": print}
+    call["prompts"] = ["p"] * 8 + [[{"role": "user", "content": "p"}]] * 8
+    call["completions"] = [short, short, wrong] + [short] * 5 + chat * 8
+    call["completion_ids"] = [[0] * n for n in (300, 150, 120, *[200] * 5, 110, *[105] * 7)]
+    rewards = reward(**call)
+    assert rewards == pytest.approx([1.5, 1.7, 0.5] + [1.5] * 6 + [1.7] + [1.5] * 6)
+    call["prompts"] = ["p"] * 16
+    assert reward(**call) == rewards
+    with pytest.raises(ValueError, match="5 responses are no groups of 8"):
+        reward(**{**call, "prompts": ["p"] * 5})
 
 
 def test_adapter_for_easyr1():

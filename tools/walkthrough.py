@@ -458,7 +458,7 @@ def rewards_part(step):
     yield (
         "A *reward* is a number that a rule gives to a response; no second model judges. The floor "
         "of the bonus keeps the policy from learning to skip the reasoning. If the shortest "
-        "correct response is below the floor, no one of the group gets the bonus."
+        "correct response is not longer than the floor, nobody in the group gets the bonus."
     )
     yield [
         "r = accuracy + format + bonus",
