@@ -690,10 +690,10 @@ def train(config, rollout=rollout):
         state = prepare(config, output, rollout)
         stop, after = stop_on_signals(), None
         progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
-        for rows in state.steps[state.step :]:  # easy to hard
+        for numbers in state.steps[state.step :]:  # of rows of the data, easy to hard
             clock = time.time()
             set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
-            problems = read_problems(state.problems, rows[RANK::WORLD], config)
+            problems = read_problems(state.problems, numbers[RANK::WORLD], config)
 
             with unsharded(state.policy):
                 rollouts = rollout(state.policy.model, state.processor, problems, config)
@@ -1379,14 +1379,14 @@ def report_faults(faults, config, show):
         show(text)
 
 
-def read_problems(problems, rows, config):
+def read_problems(problems, numbers, config):
     """Rows as dictionaries with decoded pictures. A damaged picture is named, or left out."""
     read, faults = [], []
-    for row in rows:
+    for number in numbers:
         try:
-            read.append(problems[row])
+            read.append(problems[number])
         except UNUSABLE as error:
-            faults.append(f"{problems['place'][row]}: {error}")
+            faults.append(f"{problems['place'][number]}: {error}")
     report_faults(faults, config, print)  # of this process: the others read other rows
     return read
 
