@@ -710,6 +710,7 @@ def train(config, rollout=rollout):
             progress.update()
             log_step(progress, output, state, problems, rollouts, scores, metrics, config)
             if state.skipped_updates >= 3:
+                progress.close()
                 raise ValueError(
                     "three updates in a row had NaN or infinite gradients, the last in step "
                     f"{state.step}; its responses end {output}/rollouts.jsonl"
@@ -1084,8 +1085,10 @@ def report_memory(config, prompt_tokens):
         return
     say(f"warning: the peak exceeds the {there / 1e9:.1f} GB that there are. What would help:")
     helps = {"lora_rank": 64, "freeze_vision": True, "kl_coef": 0.0, "gradient_checkpointing": True}
-    helps |= {"token_budget": config.token_budget // 2, "cache_gb": config.cache_gb / 4}
-    helps |= {"max_new_tokens": config.max_new_tokens // 2, "cpu_offload": True}
+    helps |= {"cache_gb": config.cache_gb / 4, "cpu_offload": True}
+    helps |= {
+        name: max(1, getattr(config, name) // 2) for name in ("token_budget", "max_new_tokens")
+    }
     for name, value in helps.items():
         less = estimate_memory(replace(config, **{name: value}), prompt_tokens)
         saved = (parts["peak"] - less["peak"]) / 1e9

@@ -145,9 +145,9 @@ def test_where_it_fits_nothing_is_advised(capsys):
 def test_the_warning_starts_where_the_peak_exceeds_the_memory(
     card, config, monkeypatch, capsys, share, lines
 ):
-    peak = observe_r1.estimate_memory(config, 1000)["peak"]
+    peak = observe_r1.estimate_memory(replace(config, token_budget=1), 1000)["peak"]
     monkeypatch.setattr(observe_r1, "device_memory", lambda device: share * peak)
-    observe_r1.report_memory(config, 1000)
+    observe_r1.report_memory(replace(config, token_budget=1), 1000)
     assert len(capsys.readouterr().out.splitlines()[:2]) == lines
 
 
