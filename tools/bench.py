@@ -435,12 +435,17 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def return_freed_memory(piece, kept):
+HEAPS = {"coarse": (2**25, 2**28), "fine": (2**22, 2**26), "finest": (2**18, 2**22)}
+
+
+def return_freed_memory(heap):
     """Let the allocator give back what is freed, so that resident memory is what is in use.
 
-    Pieces under `piece` bytes come from a heap, which can have holes, and of whose free end `kept`
-    bytes are not given back: the smaller both are, the truer the figure, and the slower the run.
+    Pieces under the first number of HEAPS[heap] bytes come from a heap, which can have holes, and of
+    whose free end the second number of bytes is not given back: the smaller they are, the truer is
+    the figure, and the slower the run.
     """
+    piece, kept = HEAPS[heap]
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(M_MMAP_THRESHOLD, piece)
@@ -568,7 +573,7 @@ def memory(options):
     """One step with LoRA at real shapes: a sampled token, then the update on forced responses."""
     if DEVICE.type != "cpu":
         raise SystemExit("bench: `memory` measures resident memory on a CPU; see --gpu for a card")
-    return_freed_memory(2**22, 2**26)
+    return_freed_memory(options.heap)
     processor, peaks = transformers.AutoProcessor.from_pretrained(CONFIG.model), {}
     B, G, T = options.prompts, options.responses, options.tokens
     print(
@@ -624,7 +629,7 @@ def warm_up(config):
 
 def measure(options):
     """One rollout and one update of a case through `prepare`: its peak and its estimate, as JSON."""
-    return_freed_memory(2**18, 2**22)  # what is kept would count as in use
+    return_freed_memory("finest")  # what is kept would count as in use
     layers, processes, pixels, changes = CASES[options.case]
     folder = Path(options.folder)
     _, config = picture(pixels)
@@ -774,6 +779,12 @@ def main():
         choices=("real", "none"),
         default="real",
         help="memory: none makes all tensors but multiplies nothing",
+    )
+    parser.add_argument(
+        "--heap",
+        choices=HEAPS,
+        default="coarse",
+        help="memory: finer counts less freed memory as used, and takes longer",
     )
     parser.add_argument("--kind", choices=("full", "offload", "lora"), default="lora")
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 256], help="gpu: responses")
