@@ -164,15 +164,19 @@ def test_like_a_card_is_undone(bench):
 
 
 def test_the_peak_of_a_phase_is_what_it_held(bench, capsys):
-    peaks = {}
-    with bench.phase("nothing", peaks):
-        pass
-    with bench.phase("a quarter of a GiB", peaks):
-        block = torch.ones(2**26)
-        del block
-    rise = peaks["a quarter of a GiB"][0] - peaks["nothing"][0]
-    assert rise == pytest.approx(0.25, abs=0.03)
-    assert peaks["a quarter of a GiB"][1] == pytest.approx(peaks["nothing"][1], abs=0.03)
+    """The middle one of three: what other threads free meanwhile counts as well."""
+    rises, falls = [], []
+    for _ in range(3):
+        peaks = {}
+        with bench.phase("nothing", peaks):
+            pass
+        with bench.phase("a quarter of a GiB", peaks):
+            block = torch.ones(2**26)
+            del block
+        rises.append(peaks["a quarter of a GiB"][0] - peaks["nothing"][0])
+        falls.append(peaks["a quarter of a GiB"][1] - peaks["nothing"][1])
+    assert sorted(rises)[1] == pytest.approx(0.25, abs=0.03)
+    assert sorted(falls)[1] == pytest.approx(0, abs=0.03)
 
 
 def test_rows_for_a_card_run_on_the_cpu(bench, capsys):
