@@ -1018,6 +1018,17 @@ def add_adapters(model, config):
         return peft.get_peft_model(model, lora)  # asks transformers for a name of old
 
 
+def make_optimizer(policy, config):
+    """AdamW on what is trained, with its moments, so that no checkpoint lacks one."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    how = {"betas": (0.9, 0.95), "weight_decay": 0, "foreach": False}  # True: 4 bytes a weight more
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, **how)
+    for parameter in trained:
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
+
+
 def estimate_memory(config, prompt_tokens):
     """Bytes of one device that training takes at most, by part, from the shapes of the model alone.
 
@@ -1084,10 +1095,15 @@ def report_memory(config, prompt_tokens):
     if parts["peak"] < there:
         return
     say(f"warning: the peak exceeds the {there / 1e9:.1f} GB that there are. What would help:")
-    helps = {"lora_rank": 64, "freeze_vision": True, "kl_coef": 0.0, "gradient_checkpointing": True}
-    helps |= {"cache_gb": config.cache_gb / 4, "cpu_offload": True}
-    helps |= {
-        name: max(1, getattr(config, name) // 2) for name in ("token_budget", "max_new_tokens")
+    helps = {
+        "lora_rank": 64,
+        "freeze_vision": True,
+        "kl_coef": 0.0,
+        "gradient_checkpointing": True,
+        "cache_gb": config.cache_gb / 4,
+        "cpu_offload": True,
+        "token_budget": max(1, config.token_budget // 2),
+        "max_new_tokens": max(1, config.max_new_tokens // 2),
     }
     for name, value in helps.items():
         less = estimate_memory(replace(config, **{name: value}), prompt_tokens)
@@ -1118,12 +1134,7 @@ def prepare(config, output, rollout):
     policy, reference = shard(Policy(model), config), None
     if config.kl_coef and not adapters:
         reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    how = {"betas": (0.9, 0.95), "weight_decay": 0, "foreach": False}  # True: 4 bytes a weight more
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, **how)
-    for parameter in trained:  # made now, so that no checkpoint lacks a moment
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    optimizer = make_optimizer(policy, config)
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
@@ -1136,7 +1147,7 @@ def prepare(config, output, rollout):
     if told == "ladder" and None in problems["difficulty"]:
         told = "the file's"
     say(
-        f"{sum(p.numel() for p in trained):,} trained parameters on {WORLD} x {model.device.type}, "
+        f"{sum(p.numel() for p in optimizer.state):,} trained parameters on {WORLD} x {model.device.type}, "
         f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {told} "
         f"order: {len(steps)} steps x {len(steps[0])} prompts x {config.num_generations} "
         f"responses, {updates} optimiser steps"

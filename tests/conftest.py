@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,6 +62,15 @@ def toy_model():
 def model(toy_model):
     """A copy of the toy's model, so that a test may train it."""
     return copy.deepcopy(toy_model)
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A test ends with the signal handlers with which it began, whatever `train` has set."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def toy_config(**options):

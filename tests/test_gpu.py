@@ -1,7 +1,6 @@
 """What may differ on an accelerator. Without one, the same checks run on the CPU."""
 
 import copy
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,10 @@ DTYPE = observe_r1.compute_dtype(DEVICE)
 TRAIN = str(TOY / "ladder.parquet")
 # What test_resume.py and test_processes.py show on a CPU takes half a minute here.
 SLOW = [pytest.mark.slow] if DEVICE.type == "cpu" else []
+
+
+def slow_on_a_cpu(test):
+    return pytest.mark.slow(test) if SLOW else test
 
 
 @pytest.fixture
@@ -73,20 +76,16 @@ def final_weights(folder):
 def train_here(config, tmp_path):
     """Train, on a card in a process of its own, whose libraries nobody has set up yet."""
     if DEVICE.type == "cpu":
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         observe_r1.train(config)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         return read_jsonl(Path(config.output_dir) / "metrics.jsonl")
     run = run_script("train", *command_line(config), cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     return read_jsonl(Path(config.output_dir) / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("deterministic", [pytest.param(True, marks=SLOW)])
-def test_a_resumed_run_ends_with_the_same_bits(deterministic, tmp_path):
-    whole = run_config(TRAIN, tmp_path / "whole", max_steps=2, save_steps=1)
-    whole.deterministic = deterministic
+@slow_on_a_cpu
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    whole = run_config(TRAIN, tmp_path / "whole", max_steps=2, save_steps=1, deterministic=True)
     train_here(whole, tmp_path)
     folder = tmp_path / "whole"
     expected = final_weights(folder)

@@ -30,15 +30,6 @@ FEW = "few.parquet"
 COLUMNS = ["id", "images", "question", "answer", "difficulty", "complexity", "stage"]
 
 
-@pytest.fixture(autouse=True)
-def same_signals():
-    """A test ends with the signal handlers with which it began."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def uneven_config(data, output, **options):
     """Four steps of three prompts: two for the first process, one for the second."""
     small = {"prompts_per_step": 3, "minibatch_prompts": 3, "save_steps": 1, "max_new_tokens": 48}

@@ -30,14 +30,11 @@ import observe_r1
 
 @pytest.fixture(autouse=True)
 def default_setting():
-    """Two threads, as on any machine, and the signal handlers with which the test began."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Two threads, as on any machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -558,11 +558,7 @@ def training_state(model, config):
         reference = observe_r1.shard(observe_r1.Policy(reference), config)
     model.activation_checkpointing_enable({"use_reentrant": False})
     policy = observe_r1.shard(observe_r1.Policy(model), config)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=0)
-    for parameter in trained:
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    optimizer = observe_r1.make_optimizer(policy, config)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     return observe_r1.TrainState(
         policy, reference, adapters, None, None, None, [], optimizer, scheduler
@@ -716,9 +712,8 @@ def gpu(options):
         synchronise()
         rate = batch * tokens / (time.perf_counter() - started)
         length = prompt["input_ids"].shape[1] + tokens / 2
-        traffic = (
-            2 * size + observe_r1.cache_bytes(model.config, model.dtype) * batch * length
-        )  # bytes of a token
+        cached = observe_r1.cache_bytes(model.config, model.dtype) * batch * length
+        traffic = 2 * size + cached  # bytes of a token
         limit = batch * options.bandwidth / traffic
         what = f"rollout, {batch} responses of {tokens} tokens: {rate:,.0f} tokens/s"
         against = f"`generate`; bandwidth limit {limit:,.0f} tokens/s"
