@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "transformers>=5.24", "qwen-vl-utils>=0.0.14",
+#   "datasets>=5.0", "tqdm>=4.67"]
+# ///
 """Observe-R1 (arXiv 2505.12432) in one script: teach a vision-language model to look, then reason.
 
     python observe_r1.py      # trains the toy: real handwriting, no network, no GPU, minutes
@@ -9,20 +14,28 @@
 The method stands in the order of a run: problems, ladder, rollout, rewards, advantages,
 log-probabilities, loss, training. What surrounds it follows below one divider. Where this script
 differs from the paper's released code:
-1. The KL penalty is part of the loss, not of the reward, and a group whose advantages are all zero
-   is skipped, its KL included: it moves nothing.
+1. The KL penalty is part of the loss, not of the reward. A group whose advantages are all zero is
+   skipped, its KL included: it moves nothing.
 2. The loss is a mean over each response's tokens, then over responses. How the responses are
    split into backward passes changes memory, never the result.
 3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once.
 4. No prompt is cut and no problem is dropped in silence. Correctness is kept apart from rewards.
 
-Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, N responses or tokens
-in a flat list, H hidden size, V vocabulary. `model` is a Qwen2_5_VLForConditionalGeneration.
+Words:
+policy       the model that is trained: it gives each possible next token a probability
+group        the G responses that were sampled from the policy for one prompt
+rollout      sampling the groups of a step, and what it returns
+advantage    how much better a response is than the others of its group; negative if it is worse
+reference    the model before training, from which the policy must not stray far
+mini-batch   the groups of one optimiser step
+step         one rollout and the optimiser steps on it, one for each of its mini-batches
+
+Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, N responses of any
+prompts, L tokens of responses in a flat list, H hidden size, V vocabulary. `model` is a
+Qwen2_5_VLForConditionalGeneration.
 """
 
-import base64
-import csv
-import glob
+import difflib
 import hashlib
 import inspect
 import io
@@ -30,122 +43,83 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import datasets
-import filelock
 import numpy as np
+import pyarrow.parquet
+import rewards
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
-from qwen_vl_utils import process_vision_info, smart_resize
+from qwen_vl_utils import process_vision_info
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-
-import rewards
-
-# Types that carry their range, against which Config checks its fields.
-Natural = Annotated[int, 0, math.inf]
-Count = Annotated[int, 1, math.inf]
-Amount = Annotated[float, 0, math.inf]
-Positive = Annotated[float, sys.float_info.min, math.inf]
-Share = Annotated[float, 0, 1]
 
 
 @dataclass
 class Config:
-    """Defaults are the published run; --config FILE overrides them, options given override both.
-
-    The comment beside a field is what --help prints for it.
-    """
+    """Defaults are the published run. The comment beside a field is its help, with its least value."""
 
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # folder or hub id of a Qwen2.5-VL
-    data: str = ""  # problems: .parquet, .jsonl, .json, .csv, a folder or a hub id
-    split: str = "train"  # split of --data
-    subset: str = ""  # configuration of a hub data set that has several
+    data: str = ""  # Parquet file of problems, as tools/convert.py writes it; without it, the toy
     eval_data: str = ""  # held-out problems, measured before and after training
-    eval_split: str = "train"  # split of --eval_data
     output_dir: str = ""  # folder for all that a run writes; default runs/COMMAND
-    overwrite: bool = False  # replace the run that --output_dir holds
-    config: str = ""  # JSON file of options; its paths may start at its own folder
-    seed: Natural = 0  # seed of the order and of sampling
-    device: str = ""  # cpu, cuda, mps, xpu ...; default: the accelerator, if there is one
-    deterministic: bool = False  # same bits in each run on a GPU too (always on a CPU)
-    skip_bad: bool = False  # leave out problems that cannot be used, and count them
-    check: bool = False  # decode all pictures before the start and list all bad rows
+    overwrite: bool = False  # replace what --output_dir holds, which moves to OUTPUT_DIR.old
+    resume: bool = False  # go on with the run that --output_dir holds
+    config: str = ""  # JSON file of options; those of the command line win
+    seed: int = 0  # seed of the order and of sampling, at least 0
 
-    order: Literal["ladder", "sorted", "random"] = "ladder"  # ladder: as the file stands
-    max_steps: Natural = 0  # thin the ladder evenly to so many steps; 0: all of it
-    prompts_per_step: Count = 128  # prompts of a step: one rollout, then its optimiser steps
-    num_generations: Count = 8  # G, the responses sampled for each prompt
-    temperature: Amount = 1.0  # sampling temperature; 0: the likeliest token
-    max_prompt_tokens: Count = 9216  # longer prompts are refused, never cut
-    max_new_tokens: Count = 8192  # length cap of a response
-    min_pixels: Count = 3136  # smaller pictures are enlarged to this area
-    max_pixels: Count = 2560000  # larger pictures are reduced to this area
-    cache_gb: Positive = 16.0  # GB that the key/value cache of a rollout may take
+    shuffle: bool = False  # problems in random order instead of the ladder's, which is the file's
+    max_steps: int = 0  # thin the ladder evenly to so many steps (0: all of it), at least 0
+    prompts_per_step: int = 128  # prompts of a step, at least 1
+    num_generations: int = 8  # G, the responses sampled for each prompt, at least 2
+    temperature: float = 1.0  # sampling temperature, at least 0.01
+    max_prompt_tokens: int = 9216  # longer prompts are refused, never cut, at least 1
+    max_new_tokens: int = 8192  # length cap of a response, at least 1
+    min_pixels: int = 3136  # smaller pictures are enlarged to this area, at least 1
+    max_pixels: int = 2560000  # larger pictures are reduced to this area, at least 1
+    cache_gb: float = 0.0  # GB for the key/value cache (0: most of what is free), at least 0
     system_prompt: str = ""  # replaces the built-in system prompt
 
     observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
-    min_length: Natural = 100  # tokens that a response must exceed for the bonus
-    bonus: Amount = 0.2  # reward of the shortest correct response of a group
+    min_length: int = 100  # tokens that a response must exceed for the bonus, at least 0
+    bonus: float = 0.2  # reward of the shortest correct response of a group, at least 0
     dynamic_weight: bool = True  # weigh a group by 4 sigma p (1 - p) instead of by 1
-    sigma: Positive = 1.8  # weight of a half-solved group
+    sigma: float = 1.8  # weight of a half-solved group, at least 0
 
-    minibatch_prompts: Count = 8  # groups of one optimiser step
-    learning_rate: Positive = 1e-6  # peak learning rate
-    warmup_ratio: Share = 0.03  # share of the optimiser steps that warm up
-    max_grad_norm: Positive = 1.0  # longer gradients are scaled down to this norm
-    clip_range: Positive = 0.2  # the ratio is clipped to 1 plus or minus this
-    kl_coef: Amount = 0.01  # beta of the KL penalty; 0 needs no reference model
+    minibatch_prompts: int = 8  # most groups of an optimiser step, at least 1
+    learning_rate: float = 1e-6  # peak learning rate, at least 0
+    warmup_ratio: float = 0.03  # share of the optimiser steps that warm up, at least 0
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm, at least 1e-9
+    clip_range: float = 0.2  # the ratio is clipped to 1 plus or minus this, at least 0
+    kl_coef: float = 0.01  # beta of the KL penalty (0: no reference model), at least 0
     freeze_vision: bool = False  # do not train the vision tower
-    lora_rank: Natural = 0  # train LoRA adapters of this rank (needs peft); 0: all weights
-    token_budget: Count = 16384  # tokens of a backward pass: memory, not results
+    lora_rank: int = 0  # rank of LoRA adapters, needs peft (0: train all weights), at least 0
+    token_budget: int = 16384  # tokens of a backward pass: memory, not results, at least 1
     gradient_checkpointing: bool = True  # recompute activations to save memory
-    cpu_offload: bool = False  # keep weights and moments in host memory
 
-    eval_steps: Natural = 0  # measure held-out accuracy every so many steps
-    num_samples: Natural = 0  # responses to each held-out problem; 0: one, greedy
-    save_steps: Natural = 0  # write a checkpoint every so many steps
-    keep_checkpoints: Natural = 2  # newest checkpoints that stay; 0: all
-    resume: bool = False  # go on from the newest checkpoint of --output_dir
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # number format of final/
-    clean_model: str = ""  # ladder: drops what this model solves without reasoning; default --model
-
-    def __post_init__(self):
-        """ValueError for a value of the wrong type or outside its range."""
-        for name, hint in get_type_hints(Config, include_extras=True).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal:
-                if value not in get_args(hint):
-                    raise ValueError(f"--{name} {value!r} is none of {get_args(hint)}")
-                continue
-            kind, low, high = get_args(hint) or (hint, None, None)
-            if kind is float and type(value) is int:
-                setattr(self, name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(f"--{name} {value!r} is no {kind.__name__}")
-            if low is not None and not low <= value <= high:  # false for NaN as well
-                raise ValueError(f"--{name} {value} is outside the range {low:.3g} to {high:.3g}")
+    eval_steps: int = 0  # measure held-out accuracy every so many steps, at least 0
+    num_samples: int = 0  # responses to each held-out problem (0: one, greedy), at least 0
+    save_steps: int = 0  # write a checkpoint every so many steps, at least 0
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -165,46 +139,33 @@ MARK = "<image>"  # stands in a question where a picture belongs; without marks,
 
 def chat_messages(problem, config):
     """System and user message of a problem, with each picture where its mark stands."""
-    size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    pictures, texts = problem["images"], problem["question"].split(MARK)
-    if len(texts) == 1:  # no marks
-        texts = [""] * len(pictures) + texts
-    content = [{"type": "text", "text": texts[0]}]
-    for picture, text in zip(pictures, texts[1:]):
-        content += [{"type": "image", "image": picture, **size}, {"type": "text", "text": text}]
+    question, pictures = problem["question"], problem["images"]
+    if MARK not in question:
+        question = MARK * len(pictures) + question
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    content = []
+    for text, picture in itertools.zip_longest(question.split(MARK), pictures):
+        content.append({"type": "text", "text": text})
+        if picture is not None:
+            content.append({"type": "image", "image": picture, **limits})
     system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
+def prompt_text(messages, processor):
+    """What the model reads, in its own layout; each picture is one token yet."""
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 def encode_prompts(problems, processor, config):
-    """The processor's batch of B prompts, left padded: input_ids, attention_mask [B,P] and so on.
-
-    num_images [B] says how many pictures a prompt has; pixel_values and image_grid_thw hold the
-    patches and sizes of all pictures end to end.
-    """
-    chats = []
+    """What the processor makes of each prompt, encoded alone: input_ids [1,P], pixel_values, ..."""
+    prompts = []
     for problem in problems:
-        pictures = [eight_bit(picture) for picture in problem["images"]]
-        chats.append(chat_messages({**problem, "images": pictures}, config))
-    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    images, _ = process_vision_info(chats)  # resizes, so the processor must not do it again
-    how = {"do_resize": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
-    batch = processor(text=texts, images=images, **how)
-    batch["num_images"] = torch.tensor([len(problem["images"]) for problem in problems])
-    return batch
-
-
-def prompt_length(problem, processor, config):
-    """Tokens of a prompt, from the sizes of its pictures alone: nothing is decoded or resized."""
-    chat = chat_messages(problem, config)
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    length = len(processor.tokenizer(text)["input_ids"])
-    side = processor.image_processor.patch_size * processor.image_processor.merge_size
-    for picture in problem["images"]:
-        width, height = picture.size
-        height, width = smart_resize(height, width, side, config.min_pixels, config.max_pixels)
-        length += height * width // side**2 - 1  # the text holds one token for each picture
-    return length
+        messages = chat_messages(problem, config)
+        images, _ = process_vision_info(messages)  # resizes, so the processor must not do it again
+        how = {"do_resize": False, "return_tensors": "pt"}
+        prompts.append(processor(text=prompt_text(messages, processor), images=images, **how))
+    return prompts
 
 
 # ------------------------------------------------------------------------------------------ ladder
@@ -216,79 +177,125 @@ def prompt_length(problem, processor, config):
 def mix_ladder(difficulty, complexity, seed=0):
     """Order problems into nine stages of smoothly rising difficulty (NeuraLadder).
 
-    difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens. Within
-    a level, problems with short responses come first, because they take less reasoning.
+    difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens; [n].
     Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
 
-    Each problem is used once, so the sizes of the stages must satisfy, for every level l,
-    sum over stages s of size[s] * share[s, l] = problems of level l. The loop solves this by
-    expectation maximisation for mixture weights: each round sends the problems of a level to the
-    stages in proportion to what they ask of it. With as many problems in each level as in the
-    paper's figure this ends in the shares of that figure, elsewhere as near to them as possible,
-    and never beyond the four nearest levels.
+    Level 0 is what was always solved, level 8 what never was. The shares between them fall into
+    seven levels of equal width, for 8 responses 1/8, 2/8, ... 7/8. Within a level, problems with
+    short responses come first, because they take less reasoning.
+
+    The sizes of the stages are those of their levels, corrected as in the paper where a level is as
+    large as there. The shares of the paper's figure are then scaled, by stages and by levels in
+    turn, until each stage is full and each level used up, which works for any mixture of levels.
     """
+    # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
+    # then how many of 1,000 problems are of that level, and how many in that stage.
     figure = """
-        .29  .18  .19  .19  .17
-        .05  .50  .15  .155 .15
-        .02  .08  .51  .17  .23
-        .03  .07  .505 .21  .19
-        .03  .07  .58  .19  .14
-        .03  .10  .575 .15  .15
-        .05  .12  .54  .18  .12
-        .02  .055 .10  .685 .14
-        .02  .05  .07  .15  .72"""
-    # A line per stage: the shares of the five levels that it draws from, read off the paper's
-    # figure to about .01, which is why a line may sum to 1.02.
-    shares = np.array(figure.split(), dtype=float).reshape(9, 5)
-    share = np.zeros((9, 9))  # [stage, level]
-    for stage in range(9):
-        lowest = min(max(stage - 2, 0), 4)  # two levels on each side; at the ends those there are
-        share[stage, lowest : lowest + 5] = shares[stage] / shares[stage].sum()
-    level = np.rint(np.array(difficulty, dtype=float) * 8).astype(int)
-    level_size = np.bincount(level, minlength=9).astype(float)
-    stage_size = level_size
-    for _ in range(200):
-        asked = stage_size[:, None] * share
-        sent = asked / np.maximum(asked.sum(0), 1e-12)  # [stage, level], each column sums to 1
-        stage_size = sent @ level_size
+        .29 .18  .19  .19  .17  0    0    0    0     15  42
+        .05 .50  .15  .155 .15  0    0    0    0     35  42
+        .02 .08  .51  .17  .23  0    0    0    0     50  54
+        0   .03  .07  .505 .21  .19  0    0    0     75  80
+        0   0    .03  .07  .58  .19  .14  0    0    135 112
+        0   0    0    .03  .10  .575 .15  .15  0    150 132
+        0   0    0    0    .05  .12  .54  .18  .12  150 155
+        0   0    0    0    .02  .055 .10  .685 .14  200 178
+        0   0    0    0    .02  .05  .07  .15  .72  190 206"""
+    table = np.array(figure.split(), dtype=float).reshape(9, 11)
+    share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
+
+    # 1e-9, because 1 - 6/7 may come out below 1/7.
+    level = np.digitize(np.add(difficulty, 1e-9), [2e-9, *(np.arange(1, 8) / 7)])
+    level_size = np.bincount(level, minlength=9)
+    correction = np.minimum(len(level), level_size / paper_level)
+    stage_size = level_size + (paper_stage - paper_level) * correction
+    for _ in range(500):
+        share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
+        share *= level_size / share.sum(0).clip(1e-12)
+
+    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then all
+    # stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
+    for own in np.linspace(0, 1, 21):
+        mixed = (1 - own) * share + own * np.diag(level_size)
+        ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
+        counts = np.diff(ends, axis=0, prepend=0)
+        size, n = counts.sum(1), len(level)
+        mean = (counts @ np.arange(9) / 8 / size.clip(1))[100 * size >= 3 * n]
+        vanishes = (size == 0) & (100 * level_size >= 3 * n)
+        swells = size > 1.6 * level_size + n / 20
+        if not (vanishes | swells).any() and not (np.diff(mean) < -0.02).any():
+            break
 
     generator = np.random.default_rng(seed)
-    placed = []  # (stage, position within the stage from 0 to 1, problem)
-    for l in range(9):
-        members = sorted(np.flatnonzero(level == l).tolist(), key=lambda i: complexity[i])
-        ends = np.rint(sent[:, l].cumsum() * len(members)).astype(int)
-        for stage, part in enumerate(np.split(np.array(members, dtype=int), ends[:-1])):
-            # Evenly over the stage; the random shift keeps the levels from all starting together.
-            positions = (np.arange(len(part)) + generator.random()) / max(1, len(part))
-            placed += zip([stage] * len(part), positions.tolist(), part.tolist())
-    placed.sort()
-    return [problem for _, _, problem in placed], [stage for stage, _, _ in placed]
+    by_length = np.argsort(complexity, kind="stable")
+    stage, place = np.zeros((2, len(level)))  # place: within the stage, from 0 to 1
+    for l in range(9):  # levels
+        members = by_length[level[by_length] == l]
+        for s, part in enumerate(np.split(members, ends[:-1, l])):
+            # Evenly over the stage, each a little to the right by chance: exactly even places would
+            # beat against the even stride with which --max_steps thins the ladder.
+            stage[part] = s
+            place[part] = (np.arange(len(part)) + generator.random(len(part))) / len(part)
+    order = np.lexsort((place, stage))
+    return order, stage[order].astype(int)
 
 
 def select_problems(difficulty, complexity):
-    """Numbers of the problems that stay: of difficulty 0 only those with the longer responses.
+    """Numbers of the problems that stay: of difficulty 0 only the half with the longer responses.
 
     A problem that was solved eight times out of eight may be missed later, especially if its
-    solutions are long. The threshold is the median complexity of difficulty 0.
+    solutions are long. Of problems with equal lengths, the later ones stay.
     """
-    easy = [c for d, c in zip(difficulty, complexity) if d == 0]
-    threshold = np.median(easy) if easy else 0
-    scores = enumerate(zip(difficulty, complexity))
-    return [i for i, (d, c) in scores if d > 0 or c >= threshold]
+    easy = np.flatnonzero(difficulty == 0)
+    by_length = easy[complexity[easy].argsort(kind="stable")]
+    return np.setdiff1d(np.arange(len(difficulty)), by_length[: len(easy) // 2])
 
 
-def training_order(problems, config):
-    """Row numbers in the order in which training reads them: all of them, or thinned evenly."""
-    order = list(range(len(problems)))
-    if config.order == "random":
-        random.Random(config.seed).shuffle(order)
-    if config.order == "sorted":
-        if None in problems["difficulty"]:
-            raise ValueError("--order sorted needs the columns that the ladder command writes")
-        order = np.lexsort((problems["complexity"], problems["difficulty"])).tolist()
-    wanted = config.max_steps * config.prompts_per_step or len(order)
-    stride = max(1, len(order) / wanted)  # thinned all along: a cut would lose the hard end
-    return [order[int((k + 0.5) * stride)] for k in range(min(wanted, len(order)))]
+def ladder(config):
+    """Build a NeuraLadder of raw problems: clean, score, select, mix. Returns its summary.json."""
+    output, processor, raw, _ = start(config)
+    engine = (load_model(config, DTYPE), processor, raw)
+
+    # Clean: drop answers that no rule can check, and what the model answers without reasoning.
+    checkable = [row for row, gold in enumerate(raw["answer"]) if rewards.answers_match(gold, gold)]
+    blind = replace(config, system_prompt=PROMPTS["answer"], temperature=GREEDY, num_generations=1)
+    blind.max_new_tokens = min(256, config.max_new_tokens)  # an answer alone is short
+    scored = score_problems(*engine, blind, output / "clean.jsonl", checkable)
+    unsolved = np.array([row["row"] for row in scored if row["accuracy"] == [0]], dtype=int)
+
+    # Score: eight responses each.
+    scored = score_problems(*engine, config, output / "scores.jsonl", unsolved)
+    difficulty = np.array([1 - np.mean(row["accuracy"]) for row in scored])
+    complexity = np.array([np.mean(row["response_length"]) for row in scored])
+
+    # Select and mix. What was never solved stays, but is listed: its gold may be wrong.
+    never_solved = [row for row in scored if not any(row["accuracy"])]
+    for row in never_solved:
+        answers = [rewards.extract_answer(text) for text in row["responses"]]
+        row["commonest"] = max(answers, key=answers.count)
+    append_log(output / "never_solved.jsonl", never_solved)
+    kept = select_problems(difficulty, complexity)
+    order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
+    chosen = kept[order]
+    mixed = raw.select(unsolved[chosen]).remove_columns(list(LADDER.keys() & raw.features.keys()))
+    for name, values in zip(LADDER, (difficulty[chosen], complexity[chosen], stage)):
+        mixed = mixed.add_column(name, values)
+    if RANK == 0:
+        mixed.to_parquet(output / "ladder.parquet")
+    names = ("raw", "checkable", "not_solved_without_reasoning", "never_solved", "ladder")
+    counts = dict(zip(names, map(len, (raw, checkable, unsolved, never_solved, kept))))
+    counts["stages"] = np.bincount(stage, minlength=9).tolist()
+    return write_result(output / "summary.json", counts)
+
+
+def training_steps(problems, config):
+    """Row numbers of the prompts of each step, easy to hard: all problems, or thinned evenly."""
+    order = np.arange(len(problems))
+    if config.shuffle:
+        np.random.default_rng(config.seed).shuffle(order)
+    wanted = config.max_steps * config.prompts_per_step
+    if 0 < wanted < len(order):  # thinned all along: a cut would lose the hard end
+        order = order[np.linspace(0, len(order) - 1, wanted).round().astype(int)]
+    return np.array_split(order, math.ceil(len(order) / config.prompts_per_step))
 
 
 # ----------------------------------------------------------------------------------------- rollout
@@ -296,187 +303,179 @@ def training_order(problems, config):
 # softmax(logits / temperature). Tokens that stand for pictures are never sampled: the next forward
 # pass would look for a picture that is not there.
 
-TEXT_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
+GREEDY = 0.0  # temperature at which the likeliest token is taken
 
 
 @dataclass
 class Rollouts:
-    """Prompts and their sampled responses."""
+    """Prompts and their sampled responses, on the device of the policy.
 
-    prompt: dict  # the processor's batch of B prompts, left padded; it stays in host memory
+    A rollout of your own must give each response at least one token, and none of `vision_tokens`.
+    """
+
+    prompts: list  # B prompts of `encode_prompts`; they stay in host memory
     response_ids: torch.Tensor  # [B,G,T]
-    mask: torch.Tensor  # [B,G,T], 1 for each sampled token, the stop token too; built from lengths
-    texts: list[list[str]]  # B lists of G
+    mask: torch.Tensor  # [B,G,T], true for each sampled token, the stop token too
+    texts: list[list[str]]  # B lists of G, without stop tokens
 
 
-def slice_prompts(prompt, chosen):
-    """Some prompts of an encoded batch: their pictures, and only the padding that they need."""
-    P = prompt["attention_mask"][chosen].sum(-1).max()
-    part = {name: prompt[name][chosen, -P:] for name in TEXT_TENSORS}
-    if any(prompt["num_images"][chosen]):
-        grids = prompt["image_grid_thw"].split(prompt["num_images"].tolist())  # B x [pictures,3]
-        patches = prompt["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-        part["image_grid_thw"] = torch.cat([grids[b] for b in chosen])
-        part["pixel_values"] = torch.cat([patches[b] for b in chosen])
-    return part
-
-
-def model_inputs(model, prompt, device=None):
-    """Inputs of a forward pass over prompts, with rope positions [3,B,P] (time, height, width).
+def model_inputs(model, prompt):
+    """Inputs of a forward pass over one prompt, with rope positions [3,1,P] (time, height, width).
 
     Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
     """
-    device = device or model.device  # with --cpu_offload, weights wait in host memory
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    inputs = {name: prompt[name].to(device) for name in names if name in prompt}
-    kinds = prompt["mm_token_type_ids"].to(device)
-    inputs["position_ids"], _ = model.model.get_rope_index(mm_token_type_ids=kinds, **inputs)
+    inputs = {name: values.to(model.device) for name, values in prompt.items()}
+    inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
+    del inputs["mm_token_type_ids"]
     return inputs
 
 
-def vision_tokens(model):
-    """Tokens that stand for pictures and videos, or enclose them."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return [getattr(model.config, name) for name in names]
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in one tensor [2,N,heads,P+T,size], with room for T tokens.
 
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values [N,heads,T,size] of one layer, in buffers with room for tokens to come.
-
-    The library's cache copies all of them for each new token. This one gives attention the same
-    values in the same shapes; only the strides differ.
+    The library's own cache copies all of them for each new token.
     """
 
-    buffers = None
+    def __init__(self, buffer, length):
+        super().__init__()
+        self.buffer, self.length = buffer, length
 
     def update(self, keys, values, *args, **kwargs):
-        keys = keys.to(values.dtype)  # under autocast, rope returns fp32 and attention wants bf16
-        T = self.get_seq_length()
-        if T == 0:  # the prompt
-            return super().update(keys, values)
-        if self.buffers is None or T == self.buffers[0].shape[2]:
-            room = (0, 0, 0, 128)
-            self.buffers = [pad(self.keys, room), pad(self.values, room)]
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, T : T + 1] = new
-        self.keys, self.values = (buffer[:, :, : T + 1] for buffer in self.buffers)
-        return self.keys, self.values
+        self.buffer[..., self.length, :] = torch.stack((keys, values))[..., 0, :]
+        self.length += 1
+        return self.buffer[..., : self.length, :]
 
     def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.buffers = None
+        self.buffer = self.buffer[:, indices]
+
+
+def read_prompts(model, prompts, config):
+    """The forward pass over each prompt alone, repeated for its G responses: N rows.
+
+    Returns the hidden state that predicts the first response token [N,H], the position and the
+    number of the last prompt token [N], and the cache, where shorter prompts are padded on the left.
+    """
+    G, T, rows, caches = config.num_generations, config.max_new_tokens, [], []
+    for prompt in prompts:
+        inputs, cache = model_inputs(model, prompt), DynamicCache()
+        hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
+        rows.append((hidden, inputs["position_ids"].amax((0, 2)), inputs["attention_mask"].sum(-1)))
+        # Under autocast, rope makes keys of fp32, and attention wants them to be as the values.
+        caches.append([torch.stack((x.keys.to(x.values.dtype), x.values)) for x in cache.layers])
+    hidden, position, length = (torch.cat(x).repeat_interleave(G, 0) for x in zip(*rows))
+    P, layers = int(length.max()), []
+    for parts in zip(*caches):  # [2,1,heads,n,size] of each prompt
+        parts = [pad(part, (0, 0, P - part.shape[3], T)) for part in parts]
+        layers.append(FixedLayer(torch.cat(parts, 1).repeat_interleave(G, 1), P))
+    return hidden, position, length, Cache(layers)
 
 
 @torch.no_grad()
-def sample(model, prompt, stop, config):
-    """B*G responses [T], with the stop token if one came; a prompt is read once for all G."""
-    inputs = model_inputs(model, prompt)
-    G, P = config.num_generations, inputs["input_ids"].shape[1]
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]  # [B,H]
-    cache.batch_repeat_interleave(G)
-    hidden = hidden.repeat_interleave(G, 0)  # [N,H], N = B*G
-    position = inputs["position_ids"].amax((0, 2)).repeat_interleave(G)  # of the last token, [N]
-    visible = inputs["attention_mask"].bool().repeat_interleave(G, 0)  # [N,P]
-    padded = not visible.all()
-    visible = pad(visible, (0, config.max_new_tokens), value=True)[:, None, None]  # [N,1,1,P+T]
+def sample(model, prompts, stop, config):
+    """G responses to each prompt: tokens [B,G,T], and how many of them, the stop token too [B,G].
 
-    response_ids = position.new_zeros(len(position), config.max_new_tokens)
-    length = torch.zeros_like(position)
-    alive = torch.arange(len(position), device=position.device)  # the response in each batch row
-    done = alive < 0
-    stop, never = position.new_tensor(stop), position.new_tensor(vision_tokens(model))
+    stop: tensor of the tokens that end a response.
+    """
+    hidden, position, length, cache = read_prompts(model, prompts, config)
+    N, P, T = len(hidden), int(length.max()), config.max_new_tokens
+    padding = torch.arange(P + T, device=model.device) < P - length[:, None, None, None]
+    mask = torch.where(padding, -math.inf, 0.0).to(DTYPE)  # is added to the scores of attention
+    response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
+    response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
+    going = response >= 0  # all
     decoder = model.model.language_model
-    for t in range(config.max_new_tokens):
+    for t in range(T):
         logits = model.lm_head(hidden).float()  # [rows,V]
-        logits[:, never] = -math.inf
-        token = logits.argmax(-1)
-        if config.temperature > 0:
+        logits[:, vision_tokens(model)] = -math.inf
+        if config.temperature == GREEDY:
+            token = logits.argmax(-1)
+        else:
             probabilities = (logits / config.temperature).softmax(-1)
             token = torch.multinomial(probabilities, 1).squeeze(-1)
-        response_ids[alive, t] = token
-        length[alive] += ~done
-        done = done | torch.isin(token, stop)
-        left = int((~done).sum())  # once per token, Python waits for the GPU
-        if left == 0 or t + 1 == config.max_new_tokens:
+        # A finished response goes on writing until its row leaves the batch, but what it writes
+        # then lies behind its length and is never read.
+        response_ids[response, t] = token
+        lengths[response] += going
+        going = going & ~torch.isin(token, stop)
+
+        left = int(going.sum())  # once per token, Python waits for the GPU
+        if left == 0:
             break
-        if left <= 0.75 * len(done):  # copying the cache for less does not pay
-            keep = (~done).nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            rows = (alive, done, token, position, visible)
-            alive, done, token, position, visible = (values[keep] for values in rows)
+        if left <= 0.75 * len(going):  # copying the cache for fewer does not pay
+            cache.batch_select_indices(going)
+            rows = (response, token, position, mask, going)
+            response, token, position, mask, going = (values[going] for values in rows)
         position = position + 1
-        mask = visible[..., : P + t + 1] if padded else None  # without one, attention is faster
         hidden = decoder(
             inputs_embeds=decoder.embed_tokens(token[:, None]),
-            attention_mask={"full_attention": mask},  # ready-made: not built again for each token
-            position_ids=position[:, None].expand(3, -1, 1),
+            attention_mask={"full_attention": mask[..., : P + t + 1]},  # not built for each token
+            position_ids=position.expand(3, -1)[..., None],
             cache=cache,
         ).last_hidden_state[:, -1]
-    return [ids[:n] for ids, n in zip(response_ids, length.tolist())]
+    return response_ids.view(len(prompts), -1, T), lengths.view(len(prompts), -1)
 
 
 def rollout(model, processor, problems, config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
-    Prompts are sampled in chunks whose key/value cache fits --cache_gb even if all responses reach
+    Prompts are sampled in chunks, so that the key/value cache has room even if all responses reach
     the cap. Prompts of similar length share a chunk, to save padding.
     """
     model.eval()  # no dropout while sampling
-    B, G = len(problems), config.num_generations
-    if B == 0:
-        raise ValueError("--skip_bad has left no problem of this step")
-    token_bytes = cache_bytes(model.config, compute_dtype(model.device))
-    limit = config.cache_gb * 1e9 / (token_bytes * G)  # tokens that fit, if all G have them
-    eos = model.generation_config.eos_token_id  # one or several; its other settings are not used
-    stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    prompt = encode_prompts(problems, processor, config)
-    length = prompt["attention_mask"].sum(-1)  # [B]
-    waiting = length.argsort(descending=True, stable=True).tolist()
-    groups = [None] * B
-    while waiting:
-        size = max(1, int(limit / (length[waiting[0]] + config.max_new_tokens)))
-        chunk, waiting = waiting[:size], waiting[size:]
-        with autocast(model):
-            sampled = sample(model, slice_prompts(prompt, chunk), sorted(stop), config)
-        for k, b in enumerate(chunk):
-            groups[b] = sampled[k * G : (k + 1) * G]
-
-    responses = [response for group in groups for response in group]
-    mask = pad_sequence([torch.ones_like(ids) for ids in responses], batch_first=True)
-    return Rollouts(
-        prompt=prompt,
-        response_ids=pad_sequence(responses, batch_first=True).view(B, G, -1),
-        mask=mask.view(B, G, -1),
-        texts=[processor.batch_decode(group, skip_special_tokens=True) for group in groups],
-    )
+    prompts = encode_prompts(problems, processor, config)
+    stop = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
+    prompt_lengths = np.array([prompt["input_ids"].shape[1] for prompt in prompts])
+    longest = config.num_generations * (prompt_lengths.max() + config.max_new_tokens)
+    size = max(1, int(cache_memory(config) / (longest * cache_bytes(model.config))))
+    shape = (len(prompts), config.num_generations, config.max_new_tokens)
+    response_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    lengths = response_ids[..., 0].clone()  # [B,G]
+    for chunk in np.split(prompt_lengths.argsort(kind="stable"), range(size, len(prompts), size)):
+        with AUTOCAST:
+            sampled = sample(model, [prompts[b] for b in chunk], stop, config)
+        response_ids[chunk], lengths[chunk] = sampled
+    T = int(lengths.max())
+    mask = torch.arange(T, device=model.device) < lengths[..., None]
+    response_ids = response_ids[..., :T] * mask
+    # Special tokens stay in the text, because the tags of the format may be special, too.
+    kept = mask & ~torch.isin(response_ids, stop)
+    groups = zip(response_ids, kept)
+    texts = [[processor.decode(ids[k]) for ids, k in zip(*group)] for group in groups]
+    return Rollouts(prompts, response_ids, mask, texts)
 
 
 # --------------------------------------------------------------------------- rewards and advantages
 # reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
 # the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
+#
+# What std and weight do together: rewards of 0 and 1 have std = sqrt(p (1 - p)), so that dividing
+# by it alone would give a group with one success among eight advantages as large as any, and that
+# success an advantage of 2.5. The weight takes the square of what std gives: it is largest where
+# half is right, and damps the groups in which luck or a wrong gold decides.
 
 
 def score_rollouts(rollouts, problems, config):
-    """The three rewards and their sum `reward`, each [B,G], and the weight of each group [B]."""
+    """The three rewards, their sum `reward` and the length of each response [B,G]; weights [B]."""
+    lengths = rollouts.mask.sum(-1).cpu()  # [B,G]
     groups = []
-    for problem, texts, mask in zip(problems, rollouts.texts, rollouts.mask):
+    for problem, texts, group_lengths in zip(problems, rollouts.texts, lengths.tolist()):
         accuracy = [rewards.accuracy_reward(text, problem["answer"]) for text in texts]
         correct = [value == 1 for value in accuracy]  # for bonus and weight, format does not count
-        lengths = mask.sum(-1).tolist()
-        group = {
-            "accuracy": accuracy,
-            "format": [rewards.format_reward(text, config.observe) for text in texts],
-            "bonus": rewards.bonus_rewards(correct, lengths, config.min_length, config.bonus),
-            "weight": rewards.dynamic_weight(correct, config.sigma),
-        }
-        groups.append(group)
-    scores = {name: torch.tensor([group[name] for group in groups]) for name in groups[0]}
-    scores["reward"] = scores["accuracy"] + scores["format"] + scores["bonus"]
-    if not config.dynamic_weight:
-        scores["weight"].fill_(1)
-    return scores
+        form = [rewards.format_reward(text, config.observe) for text in texts]
+        bonus = rewards.bonus_rewards(correct, group_lengths, config.min_length, config.bonus)
+        weight = rewards.dynamic_weight(correct, config.sigma) if config.dynamic_weight else 1.0
+        groups.append((accuracy, form, bonus, weight))
+    accuracy, form, bonus, weight = map(torch.tensor, zip(*groups))
+    return {
+        "accuracy": accuracy,
+        "format": form,
+        "bonus": bonus,
+        "reward": accuracy + form + bonus,
+        "weight": weight,
+        "response_length": lengths,
+        "truncated_fraction": lengths >= config.max_new_tokens,
+    }
 
 
 def group_advantages(rewards, weights, eps=1e-6):
@@ -501,46 +500,63 @@ def group_advantages(rewards, weights, eps=1e-6):
 
 
 def pack_group(inputs, response_ids, mask):
-    """One row of tokens: a prompt once, then its responses end to end; response_ids, mask [G,T].
+    """One row of tokens: a prompt once, then its responses end to end; response_ids, mask [N,T].
 
-    A response token sees the prompt and its own response so far, and its position goes on where the
-    prompt ends. That is just what it would see alone, but the prompt is computed once, not G times,
-    and nothing is padded. inputs: `model_inputs` of the one prompt, without padding. Returns the
-    inputs of the row, and for each of the N response tokens the place of its predecessor [N], whose
-    hidden state predicts it.
+    inputs: `model_inputs` of the prompt. Returns the inputs of the row, and for each of the L
+    response tokens the place of its predecessor [L], whose hidden state predicts it. The row's
+    attention_mask is the list of lengths that `packed_attention` wants: P, then one a response.
     """
-    mask = mask.bool()
     P = inputs["input_ids"].shape[1]
-    lengths = mask.sum(-1)  # [G]
-    nth = mask.cumsum(-1)[mask]  # [N]: 1, 2, ... within each response
+    nth = mask.cumsum(-1)[mask]  # [L]: 1, 2, ... within each response
     # Rope has three axes. Text advances all of them together, from the largest value that any axis
     # reached in the prompt, because a picture advances each axis by a different amount.
     positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
-    owner = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)  # [N]
-    owner = torch.nn.functional.pad(owner, (P, 0), value=-1)  # [P+N], -1: the prompt
-    same_response = owner == owner[:, None]
-    visible = ((owner == -1) | same_response).tril()  # [query,key]
     previous = torch.arange(P - 1, P - 1 + len(nth), device=mask.device)
     predecessors = previous.where(nth > 1, P - 1)  # a first token follows the prompt
     row = {
         **inputs,
         "input_ids": torch.cat([inputs["input_ids"], response_ids[mask][None]], 1),
         "position_ids": torch.cat([inputs["position_ids"], positions], 2),
-        "attention_mask": visible[None, None],
+        "attention_mask": {"full_attention": [P, *mask.sum(-1).tolist()]},
     }
     return row, predecessors
 
 
+def packed_attention(module, query, key, value, lengths, **options):
+    """Attention of a packed row: the prompt on itself, each response on the prompt and on itself.
+
+    query [1,heads,P+L,size], key and value with perhaps fewer heads -> [1,P+L,heads,size]. Each
+    token sees what it would see if its response alone stood behind the prompt: the result is the
+    same, and no mask of (P+L) x (P+L) is made. What is no packed row goes the library's way.
+    """
+    if not isinstance(lengths, list):
+        return sdpa_attention_forward(module, query, key, value, lengths, **options)
+    # Under autocast, rope returns queries and keys of fp32.
+    queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
+    outputs = []
+    for g, (q, k, v) in enumerate(zip(queries, keys, values)):
+        if g > 0:  # a response
+            k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
+        causal = causal_lower_right(q.shape[2], k.shape[2])
+        output = scaled_dot_product_attention(
+            q, k, v, causal, scale=options["scaling"], enable_gqa=True
+        )
+        outputs.append(output)
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
 def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
-    """log p(target) from hidden states [N,H] and targets [N] -> [N]; head: [N,H] -> logits [N,V].
+    """log p(target) from hidden states [L,H] and targets [L] -> [L]; head: weights [V,H].
 
     Logits over a vocabulary of 152,000 tokens are the memory peak of training. They are made for
-    `chunk` tokens at a time, reduced to one number each, and made again in the backward pass.
+    `chunk` tokens at a time, reduced to one number each, and made again in the backward pass, in
+    fp32, because bf16 would round logits of 20 to multiples of 1/8.
     banned: tokens that are never sampled; they have no probability here either.
     """
+    head = head.float()
 
     def log_probs_of(hidden, targets):
-        logits = head(hidden).float() / temperature  # [chunk,V]
+        logits = hidden.float() @ head.T / temperature  # [chunk,V]
         logits[:, banned] = float("-inf")
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
@@ -553,45 +569,43 @@ def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
 
 
 class Policy(torch.nn.Module):
-    """A Qwen2.5-VL whose forward pass returns the log-probabilities of a packed group."""
+    """A Qwen2.5-VL whose forward pass returns log-probabilities of responses."""
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = use_fast_attention(model)
 
-    def forward(self, row=None, predecessors=None, targets=None, temperature=1.0):
-        """Row and predecessors [N] of `pack_group`, targets [N] -> log-probabilities [N]."""
-        if row is None:  # see `shard`
+    def forward(self, rollouts=None, b=0, part=None, temperature=1.0):
+        """Log-probabilities [N,T] of the N responses `part` to prompt b; 0 in the padding."""
+        if rollouts is None:  # see `shard`
             return None
-        model = self.model
-        with autocast(model):
-            hidden = model.model(**row, use_cache=False).last_hidden_state[0]  # [P+N,H]
-            hidden = hidden[predecessors]  # [N,H]
-            banned = vision_tokens(model)
-            log_probs = token_log_probs(hidden, targets, model.lm_head, banned, temperature)
+        model, mask = self.model, rollouts.mask[b, part]
+        response_ids, inputs = (
+            rollouts.response_ids[b, part],
+            model_inputs(model, rollouts.prompts[b]),
+        )
+        row, predecessors = pack_group(inputs, response_ids, mask)
+        with AUTOCAST:
+            hidden = model.model(**row, use_cache=False).last_hidden_state[0, predecessors]  # [L,H]
+        targets, banned = response_ids[mask], vision_tokens(model)
+        log_probs = token_log_probs(hidden, targets, model.lm_head.weight, banned, temperature)
         # A group without pictures must still give the vision tower a gradient, of 0: with several
         # processes FSDP waits for it, and one process must compute the same as several.
         vision = [p.flatten()[0] for p in model.model.visual.parameters() if p.requires_grad]
-        return log_probs + 0 * sum(vision)
-
-
-def policy_log_probs(policy, rollouts, b, part, config):
-    """Log-probabilities of the responses `part` to prompt b, [responses,T]; 0 in the padding."""
-    response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part].bool()
-    inputs = model_inputs(policy.model, slice_prompts(rollouts.prompt, [b]), mask.device)
-    row, predecessors = pack_group(inputs, response_ids, mask)
-    log_probs = policy(row, predecessors, response_ids[mask], config.temperature)  # [N]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
+        log_probs = log_probs + 0 * sum(vision)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
 def plan_passes(rollouts, prompts, config):
-    """(prompt, responses) of each pass: a group, or as much of it as --token_budget allows."""
-    G = rollouts.mask.shape[1]
+    """(prompt, responses) of each pass: a group, or equal parts of it within --token_budget."""
     passes = []
     for b in prompts:
-        P, T = rollouts.prompt["attention_mask"][b].sum(), rollouts.mask[b].sum(-1).max()
-        size = max(1, int(config.token_budget - P) // int(T))
-        passes += [(b, slice(g, g + size)) for g in range(0, G, size)]
+        room = config.token_budget - rollouts.prompts[b]["input_ids"].shape[1]
+        lengths = rollouts.mask[b].sum(-1).tolist()
+        for count in range(1, len(lengths) + 1):  # in the end, each response goes alone
+            if max(map(sum, np.array_split(lengths, count))) <= room:
+                break
+        passes += [(b, part) for part in np.array_split(range(len(lengths)), count)]
     return passes
 
 
@@ -601,18 +615,19 @@ def response_log_probs(policy, rollouts, config, prompts=None):
     policy: a Policy, or its model. prompts: only the responses to these, 0 elsewhere.
     """
     policy = policy if isinstance(policy, Policy) else Policy(policy)
-    prompts = range(len(rollouts.mask)) if prompts is None else prompts
+    prompts = range(len(rollouts.prompts)) if prompts is None else prompts
     log_probs = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
     for b, part in plan_passes(rollouts, prompts, config):
-        log_probs[b, part] = policy_log_probs(policy, rollouts, b, part, config)
+        log_probs[b, part] = policy(rollouts, b, part, config.temperature)
     return log_probs
 
 
 # -------------------------------------------------------------------------------------------- loss
-# The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. The
-# objective ratio * A pushes good responses up and bad ones down; clipping the ratio ends the push
-# once a token has moved by 20 % in the direction that its advantage asks for. The KL penalty keeps
-# the policy near the model it started from.
+# The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
+# d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
+# 1: this is the policy gradient, which makes the tokens of good responses likelier and those of bad
+# ones less likely. Clipping the ratio ends the push once a token has moved by 20 % in the direction
+# that its advantage asks for. The KL penalty keeps the policy near the model it started from.
 
 
 def grpo_loss(
@@ -629,33 +644,34 @@ def grpo_loss(
 
     A token costs -min(ratio A, clip(ratio) A) + kl_coef * KL, a response the mean over its tokens.
     Their sum is divided by num_responses, those of the whole mini-batch, skipped groups included
-    (default N).
-    ref_log_probs may be None: no KL. The metrics are means over the N responses.
+    (default N). ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
     log p: never negative, of low variance, unbiased for tokens that the policy itself sampled (k3
     in joschu.net/blog/kl-approx.html).
     """
-    mask = mask.to(log_probs.dtype)
-    lengths = mask.sum(-1).clamp(min=1)  # [N]
+    mask = mask.bool()
 
-    ratio = (log_probs - old_log_probs).exp()  # [N,T]; 1 in the first optimiser step of a rollout
+    def log_ratio(above, below):  # [N,T]
+        # 0 in the padding, whatever stands there. The limit keeps exp finite, for infinity times an
+        # advantage of 0 is no number; exp(20) is half a billion, and no update comes near it.
+        return (above - below).masked_fill(~mask, 0).clamp(-20, 20)
+
+    def token_mean(values):  # [N,T] -> [N]
+        return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+    ratio = log_ratio(log_probs, old_log_probs).exp()  # 1 in the first mini-batch of a rollout
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = ratio * advantages[:, None]
-    clipped_gain = clipped_ratio * advantages[:, None]
-    objective = gain.minimum(clipped_gain)  # [N,T]
+    objective = gain.minimum(clipped_ratio * advantages[:, None])
 
-    q = 0 * log_probs if ref_log_probs is None else ref_log_probs - log_probs
-    kl = q.exp() - q - 1  # [N,T]
+    q = 0 * ratio if ref_log_probs is None else log_ratio(ref_log_probs, log_probs)
+    kl = q.exp() - q - 1
 
-    cost = ((kl_coef * kl - objective) * mask).sum(-1) / lengths  # [N]
+    cost = token_mean(kl_coef * kl - objective)  # [N]
     loss = cost.sum() / (num_responses or len(cost))
-
-    metrics = {"kl": kl, "clip_fraction": (clipped_gain < gain).to(mask.dtype)}
-    for name, values in metrics.items():
-        per_response = (values * mask).sum(-1) / lengths  # [N]
-        metrics[name] = per_response.sum().item() / max(1, len(cost))
-    return loss, metrics
+    clipped = token_mean(objective < gain)
+    return loss, {"kl": token_mean(kl).mean().item(), "clip_fraction": clipped.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -664,344 +680,271 @@ def grpo_loss(
 # loss: the fewer groups are left, the smaller the gradient.
 
 
-@dataclass
-class TrainState:
-    """All that training holds and changes."""
-
-    policy: Policy
-    reference: Policy | None  # None with --kl_coef 0, and with adapters, which can be switched off
-    adapters: object | None  # peft's view of the model, with --lora_rank
-    processor: object
-    problems: datasets.Dataset
-    held_out: datasets.Dataset | None
-    steps: list[list[int]]  # row numbers of the prompts of each step
-    optimizer: torch.optim.Optimizer
-    scheduler: object
-    step: int = 0
-    optimizer_step: int = 0
-    skipped_updates: int = 0  # optimiser steps in a row whose gradients were NaN or infinite
-    before: dict = field(default_factory=dict)  # held-out results before training
-
-
 def train(config, rollout=rollout):
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
-    with run_folder(config) as output:
-        started = time.time()
-        state = prepare(config, output, rollout)
-        stop, after = stop_on_signals(), None
-        progress = tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0)
-        for numbers in state.steps[state.step :]:  # of rows of the data, easy to hard
-            clock = time.time()
-            set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
-            problems = read_problems(state.problems, numbers[RANK::WORLD], config)
+    state = prepare(config, rollout)
+    with tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0) as bar:
+        while state.step < len(state.steps):
+            problems = start_step(state, config)  # the next ones of the ladder
 
-            with unsharded(state.policy):
-                rollouts = rollout(state.policy.model, state.processor, problems, config)
-            scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weight [B]
+            with unsharded(state.policy) as policy:
+                rollouts = rollout(policy.model, state.processor, problems, config)
+            scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
+            check_rollouts(state, rollouts, problems, scores)
             scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
             metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
 
-            state.step += 1
-            after = None
-            if config.eval_steps and state.step % config.eval_steps == 0:
-                after = measure(state, config, rollout)
-                metrics["eval_accuracy"] = after["accuracy"]
-            metrics["seconds"] = round(time.time() - clock, 3)
-            progress.update()
-            log_step(progress, output, state, problems, rollouts, scores, metrics, config)
-            if state.skipped_updates >= 3:
-                progress.close()
-                raise ValueError(
-                    "three updates in a row had NaN or infinite gradients, the last in step "
-                    f"{state.step}; its responses end {output}/rollouts.jsonl"
-                )
-            stopping = any(gather(bool(stop)))  # a signal may reach one process alone
-            if stopping or config.save_steps and state.step % config.save_steps == 0:
-                save_checkpoint(state, output, config)
-            if stopping:
-                progress.close()
-                raise SystemExit(f"stopped after step {state.step}; --resume true goes on from it")
-        progress.close()
-        save_final(state, output / "final", config)
-        after = after or measure(state, config, rollout)
-        summary = {"steps": state.step, "seconds": round(time.time() - started, 1)}
-        for name in ("accuracy", "format", "response_length") if after else ():
-            summary[f"{name}_before"] = round(state.before[name], 4)
-            summary[f"{name}_after"] = round(after[name], 4)
-        say(f"the model is {output}/final; `python tools/report.py {output}` draws the run")
-        return write_summary(output / "summary.json", summary)
+            bar.update()
+            finish_step(state, problems, rollouts, scores, metrics, config, rollout)
+    return finish_run(state, config, rollout)
 
 
 def update(state, rollouts, advantages, config):
-    """Take an optimiser step for each mini-batch of whole groups of a rollout. Returns metrics.
-
-    With several processes, prompt b of process r is number b * WORLD + r of the step.
-    """
+    """Take an optimiser step for each mini-batch of whole groups of a rollout. Returns metrics."""
     policy, mask = state.policy, rollouts.mask
     advantages = advantages.to(mask.device)
-    B, G, _ = mask.shape
-    trained = [b for b in range(B) if advantages[b].any()]  # the others are left out, KL included
-    reference = None
-    with torch.no_grad(), unsharded(policy):  # not the sampler's own numbers: those round otherwise
-        # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
-        # would prefetch another layer there than elsewhere, and all would wait for ever.
-        old = response_log_probs(policy, rollouts, config, trained or [0])  # [B,G,T]
+    trained = [b for b, group in enumerate(advantages) if group.any()]  # the others move nothing
+
+    # Not the sampler's own numbers: those round otherwise, and a ratio must start at 1.
+    old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
+    reference = old
     if config.kl_coef:
-        with torch.no_grad(), reference_policy(state) as fixed:
-            reference = response_log_probs(fixed, rollouts, config, trained)
+        with reference_policy(state) as fixed:
+            reference = fixed_log_probs(fixed, rollouts, trained, config)  # [B,G,T]
 
     policy.train()
-    seen, norms = [], []
-    numbers = sorted(itertools.chain(*gather([b * WORLD + RANK for b in range(B)])))
-    firsts = range(0, len(numbers), config.minibatch_prompts)
-    for first in firsts:
-        minibatch = numbers[first : first + config.minibatch_prompts]
-        mine = [b for b in trained if b * WORLD + RANK in minibatch]
-        passes = plan_passes(rollouts, mine, config)
-        # All processes must run the model equally often. A pass without responses fills up: its
-        # loss and its gradient are 0.
-        most = max(gather(len(passes)))
-        for b, part in passes + [(0, slice(0))] * (most - len(passes)):
-            log_probs = policy_log_probs(policy, rollouts, b, part, config)
+    sums, norms, first_update = np.zeros(4), [], state.updates  # sums of loss, N, N kl, N clipped
+    for num_groups, passes in minibatches(rollouts, trained, config):
+        for b, part in passes:
+            log_probs = policy(rollouts, b, part, config.temperature)  # [N,T]
             loss, metrics = grpo_loss(
                 log_probs,
                 old[b, part],
-                None if reference is None else reference[b, part],
+                reference[b, part],
                 advantages[b, part],
                 mask[b, part],
                 config.clip_range,
                 config.kl_coef,
-                len(minibatch) * G,
+                num_groups * config.num_generations,
             )
-            (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
-            seen.append((len(log_probs), loss.item(), *metrics.values()))
-        if most:  # without a gradient, the optimiser would still move the weights by its momentum
-            norms.append(scale_and_step(state, config))
-        learning_rate = state.scheduler.get_last_lr()[0]
-        state.scheduler.step()
+            backward(loss)
+            if N := len(log_probs):
+                sums += [loss.item(), N, N * metrics["kl"], N * metrics["clip_fraction"]]
+        if passes:  # without a gradient, the optimiser would still move the weights by its momentum
+            norms.append(optimizer_step(state, config))
+        state.updates += 1
 
-    seen = np.concatenate(gather(np.array(seen).reshape(-1, 4)))  # of all processes
-    responses, losses, kl, clip_fraction = seen.T
-    count = max(1, responses.sum())
+    loss, responses, kl, clipped = sum(gather(sums))
     return {
-        "loss": losses.sum() / len(firsts),
-        "kl": kl @ responses / count,
-        "clip_fraction": clip_fraction @ responses / count,
-        "grad_norm": sum(norms) / max(1, len(norms)),
-        "learning_rate": learning_rate,
-        "optimizer_step": state.optimizer_step,
-        "skipped_updates": state.skipped_updates,
+        "loss": loss / (state.updates - first_update),
+        "kl": kl / max(1, responses) if config.kl_coef else math.nan,
+        "clip_fraction": clipped / max(1, responses),
+        "grad_norm": np.nanmean(norms or [math.nan]),
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "optimizer_step": state.updates,
+        "skipped_updates": len(state.skipped),
     }
 
 
-def scale_and_step(state, config):
+def optimizer_step(state, config):
     """Scale a long gradient down and step, unless it is NaN or infinite. Returns its norm."""
+    scale = learning_rate_scale(state.updates, state.num_updates, config.warmup_ratio)
+    state.optimizer.param_groups[0]["lr"] = config.learning_rate * scale
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # from the shards of all processes
         norm = norm.full_tensor()
     if torch.isfinite(norm):
         state.optimizer.step()
-        state.optimizer_step += 1
-        state.skipped_updates = 0
     else:
-        state.skipped_updates += 1
+        state.skipped.append(state.updates)
     state.optimizer.zero_grad()
     return norm.item()
 
 
+def learning_rate_scale(update, num_updates, warmup_ratio):
+    """Share of the peak learning rate in update 0, 1, ...: it rises evenly, then falls to a tenth.
+
+    One update at least warms up, one at least runs at the peak; the fall is half a cosine.
+    """
+    warmup = min(max(1, round(warmup_ratio * num_updates)), num_updates - 1)
+    if update <= warmup:
+        return (update + 1) / (warmup + 1)
+    progress = (update - warmup) / (num_updates - 1 - warmup)  # from 0 to 1
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(policy, config):
+    """AdamW on what is trained."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    how = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+    return torch.optim.AdamW(trained, config.learning_rate, **how)
+
+
+@contextmanager
+def reference_policy(state):
+    """The policy before training: a copy of it, or the policy with its adapters off."""
+    with state.adapters.disable_adapter() if state.adapters else nullcontext():
+        yield state.reference or state.policy
+
+
 # ==================================================================================================
-# The method ends here. What surrounds it: evaluation and the ladder command, the start of a run,
-# data, devices and processes, checkpoints, logs, the command line.
+# The method ends here. What surrounds it: evaluation, start and end of a run, data, devices and
+# processes, checkpoints, logs, the command line.
 # ==================================================================================================
 
 
-# ---------------------------------------------------------------------------- evaluation and ladder
+# -------------------------------------------------------------------------------------- evaluation
 # Scoring a ladder and evaluating are one pass: sample responses to each problem and see which are
 # right. A difficulty belongs to the model that sampled, and so does a ladder.
 
 
 def response_rows(problems, rollouts, scores):
-    """One row for each problem: what it is, and its responses with all that was measured of them."""
+    """One row for each problem: what it is, its responses, and lists of all their scores."""
     rows = []
     for b, problem in enumerate(problems):
-        row = {name: problem.get(name) for name in ("id", "question", "answer", "difficulty")}
-        values = {name: scored[b].tolist() for name, scored in scores.items()}
-        row["weight"] = values.pop("weight")
-        values |= {"text": rollouts.texts[b], "length": rollouts.mask[b].sum(-1).tolist()}
-        row["responses"] = [dict(zip(values, each)) for each in zip(*values.values())]
-        rows.append(row)
+        row = {name: value for name, value in problem.items() if name != "images"}
+        row["responses"] = rollouts.texts[b]
+        rows.append(row | {name: values[b].tolist() for name, values in scores.items()})
     return rows
 
 
-def mean(rows, name):
-    """Mean of one value over some rows."""
-    return float(np.mean([row[name] for row in rows]))
+def mean_scores(rows, names):
+    """Means over rows and responses."""
+    return {name: np.mean([row[name] for row in rows]) for name in names}
 
 
-def score_problems(model, processor, problems, config, rollout=rollout, file=None):
-    """A row of `response_rows` for each problem, with its difficulty and complexity.
+def score_problems(model, processor, problems, config, file, numbers=None, rollout=rollout):
+    """The row of `response_rows` of each problem, or of those with these row numbers.
 
-    Each batch has a seed of its own, so that several processes sample what one would. With a file,
-    rows are kept as they come, and a run that was killed goes on with those whose model, options,
-    question, answer and pictures are the same.
+    Rows are kept in a file as they come, and a run that is resumed goes on behind the last of them.
     """
-    names = """model system_prompt observe temperature num_generations max_new_tokens
-    min_pixels max_pixels seed"""
-    options = "/".join(str(getattr(config, name)) for name in names.split())
-    keys = [f"{digest}/{options}" for digest in problems["digest"]]
-    known = {}
-    for log in file.parent.glob(f"{file.name}.*.jsonl") if file else ():
-        known |= {row["key"]: row for row in read_log(log)}
-    gather(None)  # before anyone adds to the files
-    if foreign := len(known.keys() - set(keys)):
-        say(f"{file}: ignores {foreign} scores of other problems or options")
-    firsts = range(0, len(keys), config.prompts_per_step)[RANK::WORLD]
-    for first in tqdm(firsts, file and file.name or "evaluating", leave=False, disable=RANK > 0):
-        numbers = range(len(keys))[first : first + config.prompts_per_step]
-        if known.keys() >= {keys[number] for number in numbers}:
-            continue
-        batch = read_problems(problems, numbers, config)  # whole: half would sample otherwise
-        if not batch:
-            continue
-        set_seed(config.seed, first)
-        rollouts = rollout(model, processor, batch, config)
-        rows = response_rows(batch, rollouts, score_rollouts(rollouts, batch, config))
-        for row, problem in zip(rows, batch):
-            row["key"] = f"{problem['digest']}/{options}"
-            row["difficulty"] = 1 - mean(row["responses"], "accuracy")
-            row["complexity"] = mean(row["responses"], "length")
-        rows = [row for row in rows if row["key"] not in known]
-        known |= {row["key"]: row for row in rows}
-        if file:
-            append_log(file.with_name(f"{file.name}.{RANK}.jsonl"), rows)
-    for part in gather(known):
-        known |= part
-    return [{**known[key], "row": row} for row, key in enumerate(keys) if key in known]
+    numbers = np.arange(len(problems)) if numbers is None else numbers
+    rows = read_log(file)
+    firsts = range(len(rows), len(numbers), config.prompts_per_step)
+    for first in tqdm(firsts, file.stem, leave=False, disable=RANK > 0):
+        set_seed(config.seed, first, RANK)
+        own = numbers[first : first + config.prompts_per_step][RANK::WORLD]
+        scored = []
+        if len(own):
+            batch = read_problems(problems, own)
+            rollouts = rollout(model, processor, batch, config)
+            scored = response_rows(batch, rollouts, score_rollouts(rollouts, batch, config))
+        scored = sorted(gather_lists(scored), key=lambda row: row["row"])
+        append_log(file, scored)
+        rows += scored
+    return rows
 
 
-def evaluate(model, processor, problems, config, rollout=rollout):
-    """Accuracy with its 95 % interval over problems, format and length; and the rows behind them."""
-    sampling = replace(config, num_generations=max(1, config.num_samples))
-    if config.num_samples == 0:
-        sampling.temperature = 0.0
-    rows = score_problems(model, processor, problems, sampling, rollout)
-    accuracy = np.array([1 - row["difficulty"] for row in rows])
-    half = 1.96 * accuracy.std() / max(1, len(rows) - 1) ** 0.5
-    result = {
-        "accuracy": accuracy.mean(),
-        "interval": np.clip(accuracy.mean() + np.array([-half, half]), 0, 1).tolist(),
-        "format": np.mean([mean(row["responses"], "format") for row in rows]),
-        "response_length": mean(rows, "complexity"),
-        "n": len(rows),
-    }
-    return result, rows
+def accuracy_interval(solved, num_samples):
+    """Wilson's 95 % interval of an accuracy; solved: share of right responses to each problem.
+
+    Several responses to a problem tell less than as many problems would: n, the number of answers
+    that count, follows from the spread of `solved` and lies between problems and responses.
+    """
+    p, n, z = np.mean(solved), len(solved), 1.96
+    if np.var(solved) > 0:
+        n *= np.clip(p * (1 - p) / np.var(solved), 1, num_samples)
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+
+
+def evaluate(model, processor, problems, config, file, rollout=rollout):
+    """Accuracy with its 95 % interval, format, length; all responses go to the file."""
+    samples = config.num_samples or 1
+    temperature = config.temperature if config.num_samples else GREEDY
+    config = replace(config, num_generations=samples, temperature=temperature)
+    rows = score_problems(model, processor, problems, config, file, rollout=rollout)
+    result = mean_scores(rows, ("accuracy", "format", "response_length"))
+    solved = [np.mean(row["accuracy"]) for row in rows]
+    return {**result, "interval": accuracy_interval(solved, samples), "n": len(rows)}
 
 
 def evaluate_model(config):
-    """The `eval` command: writes what `evaluate` returns into eval.json and responses.jsonl."""
-    with run_folder(config, EVAL_RESULTS) as output:
-        processor, problems, _ = start(config, output, EVAL_RESULTS)
-        result, rows = evaluate(load_model(config, trained=False), processor, problems, config)
-        if RANK == 0:
-            append_log(output / "responses.jsonl", rows, "w")
-        return write_summary(output / "eval.json", result)
+    """The `eval` command: writes eval.json, and all responses into responses.jsonl."""
+    output, processor, problems, _ = start(config)
+    model, file = load_model(config, DTYPE), output / "responses.jsonl"
+    return write_result(output / "eval.json", evaluate(model, processor, problems, config, file))
 
 
-def ladder(config):
-    """Build a NeuraLadder from raw problems: clean, score, select, mix. Returns its summary.json."""
-    with run_folder(config) as output:
-        if config.temperature == 0 or config.num_generations == 1:
-            raise ValueError("a ladder needs --temperature above 0 and several --num_generations")
-        processor, raw, _ = start(config, output)
-        checkable = raw.select([i for i, gold in enumerate(raw["answer"]) if is_readable(gold)])
-        blind = replace(config, system_prompt=PROMPTS["answer"], temperature=0.0, num_generations=1)
-        blind.model = config.clean_model or config.model
-        model = load_model(blind, trained=False)
-        rows = score_problems(model, processor, checkable, blind, file=output / "clean")
-        problems = checkable.select([row["row"] for row in rows if row["difficulty"] == 1])
-        del model  # before the next one is loaded
-        model = load_model(config, trained=False)
-        rows = score_problems(model, processor, problems, config, file=output / "scores")
-        if RANK:
-            return {}  # the first process writes the rest
+def measure(state, step, config, rollout):
+    """`evaluate` on the held-out problems after a step; empty without them.
 
-        never_solved = [row for row in rows if row["difficulty"] == 1]  # perhaps a wrong answer
-        for row in never_solved:
-            answers = [rewards.extract_answer(one["text"]) for one in row["responses"]]
-            row["commonest"] = max(answers, key=answers.count)
-        append_log(output / "never_solved.jsonl", never_solved, "w")
-        scores = np.array([(row["difficulty"], row["complexity"]) for row in rows]).reshape(-1, 2)
-        kept = np.array(select_problems(*scores.T), dtype=int)
-        order, stage = mix_ladder(*scores[kept].T, config.seed)
-        chosen = kept[order]
-        mixed = problems.select([rows[i]["row"] for i in chosen])
-        mixed = mixed.select_columns(["id", "images", "question", "answer", "category"])
-        for name, values in zip(LADDER, (*scores[chosen].T, np.array(stage))):
-            mixed = mixed.add_column(name, values)
-        mixed.to_parquet(output / "ladder.parquet")
-        summary = {
-            "raw": len(raw),
-            "uncheckable": len(raw) - len(checkable),
-            "solved_without_reasoning": len(checkable) - len(problems),
-            "not_selected": len(problems) - len(kept),
-            "ladder": len(kept),
-            "never_solved": len(never_solved),
-            "levels": np.bincount(np.rint(8 * scores[kept, 0]).astype(int), minlength=9).tolist(),
-            "stages": np.bincount(stage, minlength=9).tolist(),
-        }
-        return write_summary(output / "summary.json", summary)
+    What held_out-STEP.jsonl holds already, the measure before training above all, is read there.
+    """
+    if not state.held_out:
+        return {}
+    file = state.output / f"held_out-{step}.jsonl"
+    with unsharded(state.policy) as policy:
+        return evaluate(policy.model, state.processor, state.held_out, config, file, rollout)
 
 
-# ---------------------------------------------------------------------------------- start of a run
+# ---------------------------------------------------------------------------- start and end of a run
 
-RESULTS = """metrics.jsonl rollouts.jsonl responses.jsonl never_solved.jsonl clean.*.jsonl
-scores.*.jsonl summary.json eval.json ladder.parquet final checkpoint-*"""
-EVAL_RESULTS = "eval.json responses.jsonl"
+MAY_CHANGE = {"data", "eval_data", "save_steps", "eval_steps", "cache_gb", "token_budget"}
+MAY_CHANGE |= {"output_dir", "gradient_checkpointing"}
 
 
-def start(config, output, results=RESULTS, eval_data=""):
-    """(processor, problems, held-out problems); refuses bad input before anything is replaced."""
-    if not config.data:
-        raise ValueError("--data is missing: a file, a folder or a hub id")
-    if config.min_pixels > config.max_pixels:
-        raise ValueError(f"--min_pixels {config.min_pixels} > --max_pixels {config.max_pixels}")
-    device = pick_device(config)
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-    if not torch.distributed.is_initialized():
-        how = {"timeout": timedelta(days=1)}  # processes may end a long evaluation hours apart
-        if "RANK" not in os.environ:
-            how |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(**how)
-    if config.deterministic or device.type == "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
-    try:
-        kind = transformers.AutoConfig.from_pretrained(config.model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {config.model}: {error}") from error
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"--model {config.model} is a {kind}; only Qwen2.5-VL is supported")
-    processor = transformers.AutoProcessor.from_pretrained(config.model)
-    problems = load_problems(config.data, config.split, config, processor, output / "data")
-    held_out = None
-    if eval_data:
-        folder = output / "eval_data"
-        held_out = load_problems(eval_data, config.eval_split, config, processor, folder)
+@dataclass
+class TrainState:
+    """All that training holds and changes."""
+
+    output: Path
+    processor: object
+    problems: datasets.Dataset
+    held_out: datasets.Dataset | None
+    steps: list[list[int]]  # row numbers of the prompts of each step
+    num_updates: int  # optimiser steps of the whole run
+    policy: Policy
+    adapters: object | None  # peft's view of the model, with --lora_rank
+    reference: Policy | None  # None with --kl_coef 0, and with adapters, which can be switched off
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    updates: int = 0
+    skipped: list[int] = field(default_factory=list)  # updates whose gradient was NaN or infinite
+    signals: list[int] = field(default_factory=list)  # Ctrl-C or SIGTERM, if they came
+    clock: float = 0.0  # when the step began
+
+
+def start(config):
+    """(folder, processor, problems, held-out problems). A run that is replaced is moved aside."""
+    output, options = Path(config.output_dir), asdict(config)
+    for name in ("resume", "overwrite", "config"):
+        del options[name]
+    content = b"".join(Path(file).read_bytes() for file in (config.data, config.eval_data) if file)
+    options["content"] = hashlib.sha256(content).hexdigest()  # of the problems
+    taken = output.exists() and any(path.name != "data" for path in output.iterdir())
+    if taken and not config.resume and not config.overwrite:
+        raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
+    if config.resume:
+        before = json.loads((output / "config.json").read_text())
+        changed = {name for name in options if options[name] != before.get(name)} - MAY_CHANGE
+        if changed:
+            raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
+    if WORLD > 1:  # processes may end a long rollout hours apart
+        torch.distributed.init_process_group(BACKENDS, timeout=timedelta(days=1))
+    torch.use_deterministic_algorithms(DEVICE.type == "cpu")
+    if RANK == 0 and taken and not config.resume:
+        aside = output.with_name(f"{output.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        output.rename(aside)
+    gather(None)  # the others wait for it
+
+    size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # areas
+    processor = transformers.AutoProcessor.from_pretrained(config.model, size=size)
+    if not isinstance(processor, transformers.Qwen2_5_VLProcessor):
+        raise ValueError(f"--model {config.model} is no Qwen2.5-VL")
+    problems = load_problems(config.data, processor, config)
+    held_out = load_problems(config.eval_data, processor, config) if config.eval_data else None
     if RANK == 0:
-        for path in () if config.resume else old_results(output, results):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (output / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    return processor, problems, held_out
+        (output / "config.json").write_text(json.dumps(options, indent=1))
+    return output, processor, problems, held_out
 
 
-def load_model(config, trained=True):
-    """The checkpoint on its device: weights to be trained in fp32, others in compute_dtype."""
-    device = pick_device(config)
-    dtype = torch.float32 if trained else compute_dtype(device)
+def load_model(config, dtype, device=None):
+    """The checkpoint, on this process's device if no other is named."""
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
     model = model_class.from_pretrained(config.model, dtype=dtype)
-    return model if config.cpu_offload else model.to(device)
+    return use_fast_attention(model).to(device or DEVICE)
 
 
 def add_adapters(model, config):
@@ -1014,416 +957,211 @@ def add_adapters(model, config):
     lora = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=frozen
     )
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
-        return peft.get_peft_model(model, lora)  # asks transformers for a name of old
+    # Without a gradient at its input, FSDP would reduce the first layer in another order in passes
+    # without pictures, and the processes would wait for each other for ever.
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+    return peft.get_peft_model(model, lora)
 
 
-def make_optimizer(policy, config):
-    """AdamW on what is trained, with its moments, so that no checkpoint lacks one."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    how = {"betas": (0.9, 0.95), "weight_decay": 0, "foreach": False}  # True: 4 bytes a weight more
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, **how)
-    for parameter in trained:
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    return optimizer
-
-
-def estimate_memory(config, prompt_tokens):
-    """Bytes of one device that training takes at most, by part, from the shapes of the model alone.
-
-    prompt_tokens: of the longest prompt. Responses are taken to be as long as they may get.
-    """
-    shapes = transformers.AutoConfig.from_pretrained(config.model)
-    text, tower = shapes.get_text_config(), shapes.vision_config
-    with torch.device("meta"):  # shapes without numbers
-        model = transformers.Qwen2_5_VLForConditionalGeneration(shapes)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    largest = max(parameter.numel() for parameter in model.parameters())
-    trained, dtype = size, compute_dtype(pick_device(config))
-    if config.freeze_vision:
-        trained -= sum(parameter.numel() for parameter in model.model.visual.parameters())
-        del model.model.visual  # nor does it get adapters
-    weights = 4 * size
-    if config.lora_rank:  # two thin matrices beside each linear layer but the head
-        linear = [part for part in model.model.modules() if isinstance(part, torch.nn.Linear)]
-        trained = config.lora_rank * sum(part.in_features + part.out_features for part in linear)
-        weights = 4 * trained + dtype.itemsize * size
-        largest = config.lora_rank * max(part.out_features for part in linear)
-
-    P, T, G = prompt_tokens, config.max_new_tokens, config.num_generations
-    tokens = max(P + T, min(config.token_budget, P + G * T))  # of a pass
-    patches = 4 * P  # of the pictures; the tower merges four into a token
-    towers = tower.depth * (not config.freeze_vision)
-    kept = made = 0
-    for count, n, part in ((text.num_hidden_layers, tokens, text), (towers, patches, tower)):
-        layer = n * (8 * part.hidden_size + 4 * part.intermediate_size)  # for its backward pass
-        made_backward = n * (part.hidden_size + 2 * part.intermediate_size)
-        if config.gradient_checkpointing:  # of all layers but one, only the input stays
-            made_backward += layer
-            layer = n * part.hidden_size
-        kept += count * layer
-        made = max(made, made_backward)
-    logits = 16 * min(512, G * T) * text.vocab_size
-    activations = kept * dtype.itemsize + max(made * dtype.itemsize, logits)
-    prompts = math.ceil(config.prompts_per_step / WORLD)
-    prompt_cache = cache_bytes(shapes, dtype) * G * (P + T)
-    parts = {
-        "weights": weights / WORLD,
-        "moments": 8 * trained / WORLD,
-        "reference": 4 * size / WORLD if config.kl_coef and not config.lora_rank else 0,
-        "gradients": 4 * trained / WORLD,
-    }
-    if config.cpu_offload:
-        parts = dict.fromkeys(parts, 0)
-    # Weights as they are computed with: put together from the shards, or cast by autocast.
-    copied = WORLD > 1 or config.cpu_offload or dtype.itemsize < 4 and not config.lora_rank
-    parts["copies"] = dtype.itemsize * size * copied
-    held = sum(parts.values()) - parts["gradients"]
-    parts["activations"] = activations
-    parts["optimizer"] = 8 * largest / WORLD * (not config.cpu_offload)  # AdamW's intermediates
-    parts["cache"] = max(prompt_cache, min(prompt_cache * prompts, config.cache_gb * 1e9))
-    trains = parts["gradients"] + max(activations, parts["optimizer"])
-    return parts | {"peak": held + max(trains, parts["cache"])}
-
-
-def report_memory(config, prompt_tokens):
-    """Say how much memory training needs, and if there is less, what would help and how much."""
-    parts, there = estimate_memory(config, prompt_tokens), device_memory(pick_device(config))
-    told = [f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 1e8]
-    say(f"memory of a process at most, in GB: {', '.join(told) or 'less than 0.1'}")
-    if parts["peak"] < there:
-        return
-    say(f"warning: the peak exceeds the {there / 1e9:.1f} GB that there are. What would help:")
-    helps = {
-        "lora_rank": 64,
-        "freeze_vision": True,
-        "kl_coef": 0.0,
-        "gradient_checkpointing": True,
-        "cache_gb": config.cache_gb / 4,
-        "cpu_offload": True,
-        "token_budget": max(1, config.token_budget // 2),
-        "max_new_tokens": max(1, config.max_new_tokens // 2),
-    }
-    for name, value in helps.items():
-        less = estimate_memory(replace(config, **{name: value}), prompt_tokens)
-        saved = (parts["peak"] - less["peak"]) / 1e9
-        if saved > 0.1:
-            say(f"  --{name} {value}: {saved:.1f} GB less")
-
-
-def prepare(config, output, rollout):
+def prepare(config, rollout):
     """Everything that training needs; says what is going to happen."""
-    check_options(config)
-    processor, problems, held_out = start(config, output, eval_data=config.eval_data)
-    if held_out and (common := set(held_out["digest"]) & set(problems["digest"])):
-        say(f"warning: {len(common)} held-out problems are training problems as well")
-    order = training_order(problems, config)
-    steps = np.array_split(order, math.ceil(len(order) / config.prompts_per_step))
-    steps = [step.tolist() for step in steps]
+    output, processor, problems, held_out = start(config)
+    steps = training_steps(problems, config)
+    updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     if len(steps[-1]) < WORLD:
         raise ValueError(f"a step of {len(steps[-1])} problems for {WORLD} processes")
+    if dead := [gold for gold in problems["answer"] if not rewards.answers_match(gold, gold)]:
+        say(f"warning: {len(dead)} answers can never be matched, for example {dead[0]!r}")
 
-    report_memory(config, max(problems["prompt_tokens"]))
     set_seed(config.seed)  # adapters start at random
-    model = load_model(config, trained=not config.lora_rank)
+    model = load_model(config, DTYPE if config.lora_rank else torch.float32, HOME)
     model.model.visual.requires_grad_(not config.freeze_vision)
     adapters = add_adapters(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    policy, reference = shard(Policy(model), config), None
+    policy, reference = shard(Policy(model)), None
     if config.kl_coef and not adapters:
-        reference = shard(Policy(load_model(config).eval().requires_grad_(False)), config)
-    optimizer = make_optimizer(policy, config)
-    updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
-    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-        optimizer, round(config.warmup_ratio * updates), updates, min_lr_rate=0.1
-    )
-    optimizer.step()  # moves nothing yet; without it, torch warns if the first update is skipped
-    state = TrainState(
-        policy, reference, adapters, processor, problems, held_out, steps, optimizer, scheduler
-    )
-    told = config.order
-    if told == "ladder" and None in problems["difficulty"]:
-        told = "the file's"
+        model = load_model(config, torch.float32, HOME).eval().requires_grad_(False)
+        for part in model.model.modules() if WORLD == 1 else ():  # FSDP wants one dtype in a layer
+            if isinstance(part, torch.nn.Linear):
+                part.to(DTYPE)  # autocast rounds these weights anyway
+        reference = shard(Policy(model))
+    models = (policy, adapters, reference, make_optimizer(policy, config))
+    state = TrainState(output, processor, problems, held_out, steps, updates, *models)
     say(
-        f"{sum(p.numel() for p in optimizer.state):,} trained parameters on {WORLD} x {model.device.type}, "
-        f"computing in {compute_dtype(model.device)}\n{len(order)} problems in {told} "
-        f"order: {len(steps)} steps x {len(steps[0])} prompts x {config.num_generations} "
-        f"responses, {updates} optimiser steps"
+        f"{len(steps)} steps x {len(steps[0])} of {len(problems)} problems x "
+        f"{config.num_generations} responses, {updates} optimiser steps, {WORLD} x {DEVICE.type}"
     )
     if config.resume:
-        restore(state, output, config)
-    if RANK == 0:
-        for name in ("metrics.jsonl", "rollouts.jsonl"):  # without what came after the checkpoint
-            rows = [row for row in read_log(output / name) if row["step"] <= state.step > 0]
-            append_log(output / name, rows, "w")
-    state.before = state.before or measure(state, config, rollout)
+        restore(state)
+    else:
+        measure(state, 0, config, rollout)
+    stop_on_signals(state)
     return state
 
 
-@contextmanager
-def reference_policy(state):
-    """The policy before training: a copy of it, or the policy with its adapters off."""
-    policy = state.reference or state.policy
-    adapters_off = state.adapters.disable_adapter() if state.adapters else nullcontext()
-    with unsharded(policy), adapters_off:
-        yield policy
+def start_step(state, config):
+    """The problems of this process in the next step."""
+    state.clock = time.time()
+    set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
+    return read_problems(state.problems, state.steps[state.step][RANK::WORLD])
 
 
-def measure(state, config, rollout):
-    """`evaluate` on the held-out problems, always with the same seeds; empty without them."""
-    if state.held_out is None:
-        return {}
-    with unsharded(state.policy):
-        model = state.policy.model
-        result, rows = evaluate(model, state.processor, state.held_out, config, rollout)
-    if RANK == 0:  # always the same two problems, to compare responses before and after
-        for row in rows[:2]:
-            images = state.held_out[row["row"]]["images"]
-            row |= {"step": state.step, "held_out": True, "pictures": list(map(data_uri, images))}
-        append_log(Path(config.output_dir) / "rollouts.jsonl", rows[:2])
-    return result
+def check_rollouts(state, rollouts, problems, scores):
+    """ValueError for a rollout that breaks its contract; a warning if the first one earns nothing."""
+    tokens, banned = (
+        rollouts.response_ids[rollouts.mask].tolist(),
+        vision_tokens(state.policy.model),
+    )
+    if not rollouts.mask.any(-1).all() or {*tokens} & {*banned}:
+        raise ValueError(f"a response has no token, or one of {banned}, which stand for pictures")
+    for name in ("accuracy", "format") if state.step == 0 else ():
+        if sum(gather(scores[name].sum().item())) == 0:
+            text = rollouts.texts[0][0]
+            say(
+                f"warning: no response of the first step earned anything for {name}. One of them:\n"
+                f"{text[-500:]}\nThe checker reads {rewards.extract_answer(text)!r}, the answer is "
+                f"{problems[0]['answer']!r}. Usual causes: problems too hard, --max_new_tokens too "
+                "small, a model that does not follow the prompt, answers in another form. See\n"
+                f"python tools/walkthrough.py --problem {problems[0]['row']} and the run's options"
+            )
+
+
+def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
+    """Evaluate if it is time, log, save if it is time; end a run that was told to stop."""
+    state.step += 1
+    if config.eval_steps and state.step % config.eval_steps == 0:
+        metrics["eval_accuracy"] = measure(state, state.step, config, rollout)["accuracy"]
+    metrics["seconds"] = time.time() - state.clock
+    log_step(state, response_rows(problems, rollouts, scores), scores, metrics)
+    if state.skipped[-3:] == list(range(state.updates - 3, state.updates)):
+        raise ValueError(f"NaN or infinite gradients in three updates up to step {state.step}")
+    stopping = any(gather(bool(state.signals)))  # a signal may reach one process alone
+    if stopping or config.save_steps and state.step % config.save_steps == 0:
+        save_checkpoint(state)
+    if stopping:
+        raise SystemExit(f"stopped after step {state.step}; --resume true goes on from it")
+
+
+def finish_run(state, config, rollout):
+    """Save the model, measure it, write the summary."""
+    save_final(state, config)
+    summary = {"steps": state.step, "skipped_updates": len(state.skipped)}
+    for when, step in (("before", 0), ("after", state.step)):
+        for name, value in measure(state, step, config, rollout).items():
+            summary[f"{name}_{when}"] = value
+    summary["seconds"] = sum(row["seconds"] for row in read_log(state.output / "metrics.jsonl"))
+    return write_result(state.output / "summary.json", summary)
 
 
 # -------------------------------------------------------------------------------------------- data
-# One schema: `images` or `image`, `question` or `problem`, `answer` or `solution`, optionally id,
-# category and the three columns of a ladder. tools/convert.py turns other layouts into it.
+# One format, which tools/convert.py makes of all others: a Parquet file with these columns, of
+# which the first three must be there.
 
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-LADDER = ("difficulty", "complexity", "stage")
-OURS = {"images", "image", "question", "problem", "answer", "solution", "id", "category"}
-SUSPECT = re.compile(  # columns that hold pictures or options, by name, type or content
-    r"^\S*(ima?ge?|picture|photo|figure|diagram|video|option|choice)|^[a-f] |'binary'|Image\("
-    r"|\.(png|jpe?g|gif|webp|bmp|tiff?)\b|data:image",
-    re.IGNORECASE,
-)
-MARKS = re.compile(r"<(?:image|img|picture|video|audio)[^<>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE)
-WRAPPED = re.compile(
-    r"</?(answer|think|solution)>|\\boxed|####|^[\[{]\s*['\"]|\banswer( is\b|\W*:)", re.IGNORECASE
-)
-CONVERT = "`python tools/convert.py` reads other layouts"
-UNUSABLE = (ValueError, TypeError, KeyError, OSError, SyntaxError, Image.DecompressionBombError)
+TEXT, NUMBER = datasets.Value("string"), datasets.Value("float64")
+COLUMNS = {"images": datasets.List(datasets.Image(decode=False)), "question": TEXT, "answer": TEXT}
+LADDER = dict.fromkeys(("difficulty", "complexity", "stage"), NUMBER)
+KNOWN = {**COLUMNS, "id": TEXT, "category": TEXT, **LADDER}
 
 
-def read_table(source, split, subset, folder):
-    """The rows of a file, a folder or a hub data set, with pictures undecoded."""
-    path = Path(source)
-    reader = READERS.get(path.suffix.lower())
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir()
-    if not path.exists() and (reader or not is_hub_id):
-        raise ValueError(f"{source}: there is no such file or folder")
-    if path.is_file() and not reader:
-        raise ValueError(f"{source}: none of {', '.join(READERS)}; {CONVERT}")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{source}: is empty")
-    if path.is_file() and subset:
-        say(f"{source}: --subset is for hub data sets and ignored")
-    file = glob.escape(source) if path.is_file() else None  # brackets in its name are no pattern
-    how = {"split": split, "data_files": file, "cache_dir": folder}
+def load_problems(file, processor, config):
+    """The rows of a Parquet file, looked at one by one. Pictures stay encoded."""
     try:
-        if file and reader == "csv":  # as text: 05 and 3.50 are not 5 and 3.5
-            with open(source, newline="", encoding="utf-8-sig") as lines:
-                names = next(csv.reader(lines), [])
-            how["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-            how |= {"keep_default_na": False, "encoding": "utf-8-sig"}
-        table = datasets.load_dataset(reader if file else source, subset or None, **how)
-    except Exception as error:  # whatever the library meets in a file that is not ours
-        raise ValueError(f"{source}: cannot be read: {error.__cause__ or error}") from error
-    undecoded = datasets.Image(decode=False)
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, undecoded)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(name, datasets.List(undecoded))
-    return table
-
-
-def load_problems(source, split="train", config=None, processor=None, folder=None):
-    """A datasets.Dataset: id, images, question, answer, category, a ladder's columns, and digest.
-
-    ValueError names what cannot be used: columns, or rows with a missing picture, marks without
-    pictures, an empty question or answer, and, with a processor, prompts that are too long. Headers
-    of pictures are read here, pixels later. The rows are written to `folder`, by one process.
-    """
-    config = config or Config()
-    scratch = tempfile.TemporaryDirectory(dir=folder and Path(folder).parent)
-    folder = Path(folder or scratch.name) / "problems"
-    if RANK == 0:
-        table = read_table(source, split, config.subset, scratch.name)
-        names = set(table.column_names)
-        used = OURS | set(LADDER) if names >= set(LADDER) else OURS
-        for one, other in (("question", "problem"), ("answer", "solution")):
-            if not names & {one, other}:
-                raise ValueError(f"{source}: no column {one!r} among {sorted(names)}; {CONVERT}")
-        ignored = sorted(names - used)
-        first = table.select_columns(ignored)[:20] if ignored else {}
-        shown = {name: f"{name} {table.features[name]} {first[name]}" for name in ignored}
-        if suspect := [name for name in ignored if SUSPECT.search(shown[name])]:
-            raise ValueError(f"{source}: columns {suspect} would be ignored; {CONVERT}")
-        if ignored:
-            say(f"{source}: ignores the columns {', '.join(ignored)}")
-        path = Path(source)
-        how = {"config": config, "processor": processor, "ladder": used >= set(LADDER)}
-        how |= {"source": source, "folder": path.parent if path.is_file() else path}
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        features = dict.fromkeys(
-            ("id", "question", "answer", "category", "digest", "place", "fault"),
-            datasets.Value("string"),
-        )
-        features |= dict.fromkeys(LADDER, datasets.Value("float64"))
-        features |= dict.fromkeys(("pictures", "prompt_tokens"), datasets.Value("int64"))
-        features["images"] = datasets.List(datasets.Image())
-        table.map(
-            read_row,
-            with_indices=True,
-            fn_kwargs=how,
-            remove_columns=list(names),
-            features=datasets.Features(features),
-            cache_file_name=str(folder / "rows.arrow"),
-            load_from_cache_file=False,
-            writer_batch_size=50,  # rows that are held in memory at a time
-            num_proc=os.cpu_count() if config.check else None,
-        )
-    gather(None)  # the others wait for the files, of which each process of `map` writes one
-    files = sorted(folder.glob("*.arrow"))
-    problems = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
-    faults = problems["fault"][:]
-    report_faults([fault for fault in faults if fault], config, say)
-    problems = problems.select([row for row, fault in enumerate(faults) if not fault])
-    if not len(problems):
-        raise ValueError(f"{source}: holds no problems")
-    say(f"{source}: {len(problems)} problems with {sum(problems['pictures'])} pictures")
-    unreadable = [gold for gold in problems["answer"] if not is_readable(gold)]
-    if unreadable:
-        say(f"  {len(unreadable)} answers can never be matched, for example {unreadable[0]!r}")
+        schema = pyarrow.parquet.read_schema(file)
+        names = set(schema.names)
+        if missing := COLUMNS.keys() - names:
+            raise ValueError(f"the columns {sorted(missing)} are missing")
+        if unknown := names - KNOWN.keys():
+            raise ValueError(f"the columns {sorted(unknown)} are unknown")
+        if not all("string" in str(schema.field(name).type) for name in ("question", "answer")):
+            raise ValueError("a question or an answer is no text")  # 1.1, or 1.100000023?
+        features = datasets.Features({name: KNOWN[name] for name in schema.names})
+        folder = str(Path(config.output_dir) / "data")  # shared by all processes
+        problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        mend = "`python tools/convert.py` makes a file that fits"
+        raise ValueError(f"{file}: {error.__cause__ or error}; {mend}") from error
+    faults = []
+    for row in range(RANK, len(problems), WORLD):
+        try:
+            check_problem(problems[row], processor, config)
+        except (ValueError, OSError) as error:
+            faults.append((row, f"row {row}: {error}"))
+    faults = [fault for _, fault in sorted(gather_lists(faults))]
+    if faults or not len(problems):
+        raise ValueError("\n  ".join([f"{file}: {len(faults)} unusable rows", *faults[:20]]))
     return problems
 
 
-def read_row(row, number, source, folder, ladder, config, processor):
-    """One row in our columns. `fault` says why it cannot be used, if it cannot."""
-    name = row.get("id")
-    problem = {
-        "id": str(number if name is None else name),
-        "fault": "",
-        "pictures": 0,
-        "prompt_tokens": 0,
-        "images": [],
-    }
-    problem["place"] = f"{source}: row {number} (id {problem['id']})"
-    problem["category"] = str(row.get("category") or "")
-    question = row.get("question") or row.get("problem") or ""
-    problem["question"] = str(question)
-    gold = row.get("answer", row.get("solution"))
-    problem["answer"] = "" if gold is None else str(gold).strip()
-    digest = hashlib.sha256(f"{problem['question']}\0{problem['answer']}".encode())
-    problem |= dict.fromkeys(LADDER)
-    try:
-        for value in (question, gold):
-            if isinstance(value, list | dict | bytes):
-                raise TypeError(f"{str(value)[:60]} is no text; {CONVERT}")
-        if ladder:
-            problem |= {name: float(row[name]) for name in LADDER}
-            if not 0 <= problem["difficulty"] <= 1 <= problem["complexity"]:
-                raise ValueError("difficulty is no share from 0 to 1, or complexity no length")
-        if row.get("images") and row.get("image"):
-            raise ValueError("both `image` and `images` hold pictures")
-        pictures = row.get("images") or row.get("image") or []
-        opened = []
-        for picture in pictures if isinstance(pictures, list) else [pictures]:
-            stored = picture if isinstance(picture, dict) else {"path": picture}
-            content, file = stored.get("bytes"), stored.get("path")
-            if not content and not isinstance(file, str):
-                raise ValueError(f"{str(picture)[:60]} is no path of a picture; {CONVERT}")
-            content = content or (folder / file).read_bytes()
-            opened.append(Image.open(io.BytesIO(content)))  # reads the header alone
-            if config.check:
-                opened[-1].load()
-            problem["images"].append({"bytes": content, "path": None})
-            digest.update(content)
-        problem["prompt_tokens"] = check_problem({**problem, "images": opened}, config, processor)
-    except UNUSABLE as error:
-        problem |= {"fault": f"{problem['place']}: {str(error)[:300]}", "images": []}
-    return problem | {"digest": digest.hexdigest(), "pictures": len(problem["images"])}
-
-
-def is_readable(gold):
-    """Whether the checker can match this answer at all."""
-    return rewards.answers_match(gold, gold)
-
-
-def check_problem(problem, config, processor):
-    """Tokens of its prompt, 0 without a processor; pictures need not be decoded.
-
-    ValueError for a problem that would train silently wrong.
-    """
-    question, gold, pictures = problem["question"], problem["answer"], problem["images"]
-    if not question.strip() or not gold:
+def check_problem(problem, processor, config):
+    """ValueError for a problem that would train silently wrong; no picture is decoded."""
+    question, pictures = problem["question"], problem["images"]
+    if not (question or "").strip() or not (problem["answer"] or "").strip():
         raise ValueError("the question or the answer is empty")
-    if WRAPPED.search(gold):
-        raise ValueError(f"the answer {gold[:60]!r} holds more than an answer; {CONVERT}")
-    if any(picture.mode in ("F", "I") and picture.format != "PNG" for picture in pictures):
-        raise ValueError(f"nothing says which number is white in its picture; {CONVERT}")
-    marks = MARKS.findall(question)
-    if foreign := set(marks) - {MARK}:
-        raise ValueError(f"{foreign} in the question is no {MARK}; {CONVERT}")
-    if len(marks) not in (0, len(pictures)):
-        raise ValueError(f"{len(marks)} marks {MARK} in the question for {len(pictures)} pictures")
-    if not processor:
-        return 0
-    tokens = processor.tokenizer.added_tokens_decoder.values()
-    if found := [str(token) for token in tokens if token.special and str(token) in question]:
+    if question.count(MARK) not in (0, len(pictures)):
+        raise ValueError(f"{question.count(MARK)} marks {MARK} for {len(pictures)} pictures")
+    tokenizer, maker = processor.tokenizer, processor.image_processor
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if found := [token for token in tokens if token in question]:
         raise ValueError(f"the question holds the control tokens {found}")
-    length = prompt_length(problem, processor, config)
-    if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
+    text = prompt_text(chat_messages(problem, config), processor)
+    if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
         raise ValueError(
-            f"the prompt has {length} tokens, --max_prompt_tokens is {config.max_prompt_tokens}; "
-            "a smaller --max_pixels makes it shorter"
+            f"the chat template begins the response with {opened[0]}, which would count"
+            " as missing: take it out of the model's chat_template.jinja"
         )
-    return length
+    length = len(tokenizer(text)["input_ids"])
+    for stored in pictures:  # the text holds one token for each
+        picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
+        if picture.mode not in ("L", "RGB"):  # 16 bits or transparent parts would be shown wrong
+            raise ValueError(f"a picture in {picture.mode}, not RGB or L; run tools/convert.py")
+        patches = maker.get_number_of_image_patches(picture.height, picture.width)
+        length += patches // maker.merge_size**2 - 1
+    if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
+        raise ValueError(f"the prompt has {length} tokens; a smaller --max_pixels makes it shorter")
 
 
-def report_faults(faults, config, show):
-    """ValueError that lists the rows that cannot be used; with --skip_bad they are only shown."""
-    text = f"{len(faults)} rows cannot be used:\n  " + "\n  ".join(faults[:20])
-    if faults and not config.skip_bad:
-        raise ValueError(f"{text}\n--skip_bad true leaves them out")
-    if faults:
-        show(text)
-
-
-def read_problems(problems, numbers, config):
-    """Rows as dictionaries with decoded pictures. A damaged picture is named, or left out."""
-    read, faults = [], []
-    for number in numbers:
+def read_problems(problems, rows):
+    """Rows as dictionaries with decoded pictures."""
+    read = []
+    for row in map(int, rows):
+        problem = {**problems[row], "row": row}
         try:
-            read.append(problems[number])
-        except UNUSABLE as error:
-            faults.append(f"{problems['place'][number]}: {error}")
-    report_faults(faults, config, print)  # of this process: the others read other rows
+            problem["images"] = [datasets.Image().decode_example(x) for x in problem["images"]]
+        except (ValueError, OSError, SyntaxError) as error:
+            raise ValueError(f"row {row}: a picture cannot be decoded: {error}") from error
+        read.append(problem)
     return read
-
-
-def eight_bit(image):
-    """A picture that qwen-vl-utils shows right: 16 bits scaled down, transparency made explicit."""
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 257).convert("L")
-    return image.convert("RGBA") if image.has_transparency_data else image
 
 
 # --------------------------------------------------------------------------- devices and processes
 # Under torchrun each process takes every WORLD-th prompt of a step and keeps 1 / WORLD of weights,
 # gradients and moments (FSDP2). One process runs the same code with WORLD = 1.
 
-RANK = int(os.environ.get("RANK", "0"))  # torchrun sets both
+RANK = int(os.environ.get("RANK", "0"))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+DEVICE = torch.device("cpu")
+BACKENDS = "cpu:gloo"  # on a card `gather` and the norm of gradients go different ways
+if ACCELERATOR:
+    DEVICE = torch.device(ACCELERATOR.type, int(os.environ.get("LOCAL_RANK", "0")))
+    torch.accelerator.set_device_index(DEVICE.index)
+    BACKENDS += f",{DEVICE.type}:{torch.distributed.get_default_backend_for_device(DEVICE)}"
+HOME = DEVICE if WORLD == 1 else torch.device("cpu")  # of what FSDP will shard, and move
+# Arithmetic in bf16 where the device has it: fp16 would need a scaler, and its range is small.
+# Trained weights stay fp32: bf16 would swallow updates of 1e-6 whole.
+has_bf16 = getattr(torch.get_device_module(DEVICE), "is_bf16_supported", None)
+DTYPE = torch.bfloat16 if has_bf16 and has_bf16(including_emulation=False) else torch.float32
+AUTOCAST = torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16)
+# cuDNN's attention gives NaN gradients under some masks (pytorch issue 196678), and it plans each
+# length of a decoding anew.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def say(text):
-    """Print once, not once per process."""
+    """Print once, not once per process, and above a progress bar."""
     if RANK == 0:
-        print(text, flush=True)
+        tqdm.write(text)
 
 
 def gather(value):
@@ -1434,61 +1172,100 @@ def gather(value):
     return values
 
 
+def gather_lists(values):
+    """The lists of all processes, end to end."""
+    return [value for part in gather(values) for value in part]
+
+
 def set_seed(*numbers):
-    """Seed all random generators."""
+    """Seed all random generators; the hash of numbers, unlike a string's, is always the same."""
     transformers.set_seed(hash(numbers) % 2**32)
 
 
-def pick_device(config):
-    """--device, else this process's accelerator, else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
-    kind = config.device or best
-    if kind not in (best, "cpu"):
-        raise ValueError(f"--device {kind}: this machine has none, or by another name than {best}")
-    return torch.device(kind, 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0")))
+def vision_tokens(model):
+    """Tokens that stand for pictures and videos, or enclose them."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(model.config, name) for name in names]
 
 
-def compute_dtype(device):
-    """bf16 where the device has it, else fp32: fp16 would need a scaler, and its range is small."""
-    has_bf16 = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return torch.bfloat16 if has_bf16 and has_bf16(including_emulation=False) else torch.float32
-
-
-def device_memory(device):
-    """Bytes that a process has on its device; of the machine where the device has none."""
-    if memory := getattr(torch.get_device_module(device), "mem_get_info", None):
-        return memory()[1]
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.inf
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
-
-
-def autocast(model):
-    """Arithmetic in compute_dtype. Weights stay fp32: bf16 would swallow updates of 1e-6 whole."""
-    dtype = compute_dtype(model.device)
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def cache_bytes(shapes, dtype):
+def cache_bytes(shapes):
     """Bytes of the keys and values of one token in all layers; shapes: a model's configuration."""
     text = shapes.get_text_config()
     head_size = text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * dtype.itemsize
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * DTYPE.itemsize
 
 
-def shard(policy, config):
-    """Share the weights out over the processes, or into host memory with --cpu_offload."""
-    if WORLD == 1 and not config.cpu_offload:
+def window_attention(module, query, key, value, cu_seq_lens_q, scaling, **options):
+    """Attention of the vision tower, [1,heads,patches,size]: all windows of one length in one call.
+
+    The library makes a call for each window, up to 225 a picture in each layer.
+    """
+    lengths, output = cu_seq_lens_q.diff(), torch.empty_like(value)
+    for n in lengths.unique().tolist():
+        own = (lengths == n).repeat_interleave(lengths)  # the patches in windows of this length
+        windows = [x[0, :, own].unflatten(1, (-1, n)) for x in (query, key, value)]
+        q, k, v = (x.transpose(0, 1).to(value.dtype) for x in windows)  # [windows,heads,n,size]
+        attended = scaled_dot_product_attention(q, k, v, scale=scaling)
+        output[0, :, own] = attended.transpose(0, 1).flatten(1, 2)
+    return output.transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+transformers.AttentionInterface.register("flash_windows", window_attention)
+
+
+def use_fast_attention(model):
+    """Let the model attend by `packed_attention` and `window_attention`."""
+    model.model.language_model.config._attn_implementation = "packed"
+    # To a name with "flash" the tower hands all its windows at once.
+    model.model.visual.config._attn_implementation = "flash_windows"
+    return model
+
+
+def cache_memory(config):
+    """Bytes for the key/value cache of a rollout."""
+    if config.cache_gb or not ACCELERATOR:
+        return 1e9 * (config.cache_gb or 8)
+    unused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
+    return 0.8 * (torch.accelerator.get_memory_info()[0] + unused)
+
+
+def fixed_log_probs(policy, rollouts, prompts, config):
+    """`response_log_probs` without gradients."""
+    with torch.no_grad(), unsharded(policy):
+        # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
+        # would prefetch another layer there than elsewhere, and all would wait for ever.
+        return response_log_probs(policy, rollouts, config, prompts or [0])
+
+
+def minibatches(rollouts, trained, config):
+    """(number of groups, passes of this process) of each optimiser step.
+
+    All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
+    Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
+    equally often, or FSDP waits for ever: passes without responses, of gradient 0, fill up.
+    """
+    total = sum(gather(len(rollouts.prompts)))
+    for numbers in np.array_split(np.arange(total), math.ceil(total / config.minibatch_prompts)):
+        mine = [b for b in trained if b * WORLD + RANK in numbers]
+        passes = plan_passes(rollouts, mine, config)
+        missing = max(gather(len(passes))) - len(passes)
+        yield len(numbers), passes + [(0, slice(0))] * missing
+
+
+def backward(loss):
+    """Add the gradient of this process's part of the loss."""
+    (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
+
+
+def shard(policy):
+    """Share the weights out over the processes."""
+    if WORLD == 1:
         return policy
-    options = {}
-    if compute_dtype(pick_device(config)) == torch.bfloat16:
-        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    if config.cpu_offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    precision = fsdp.MixedPrecisionPolicy(DTYPE, torch.float32)
     for part in (*policy.model.model.language_model.layers, policy):
-        fsdp.fully_shard(part, **options)
+        fsdp.fully_shard(part, mp_policy=precision)
     policy()  # FSDP takes the first module that runs for its root, and a rollout runs a layer
     policy.reshard()  # the optimiser must be given the shards
     return policy
@@ -1501,7 +1278,7 @@ def unsharded(policy):
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
+    yield policy
     for part in parts:
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()
@@ -1511,297 +1288,203 @@ def unsharded(policy):
 # A checkpoint holds what is trained, its moments and the position in the run. Random states are no
 # part of it: each step seeds its own.
 
-MAY_CHANGE = """resume overwrite config output_dir save_steps keep_checkpoints eval_steps check
-cache_gb token_budget gradient_checkpointing save_dtype"""
-PROGRESS = ("step", "optimizer_step", "skipped_updates", "before")
 TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
-
-
-def identity(state, config):
-    """What must be the same when a run goes on: the options and the content of the data."""
-    options = {
-        name: value for name, value in asdict(config).items() if name not in MAY_CHANGE.split()
-    }
-    content = hashlib.sha256("".join(state.problems["digest"]).encode())
-    return options | {"data": content.hexdigest()}
 
 
 def tensors_of(state):
     """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
     model, optimizer = dcp_state.get_state_dict(state.policy, state.optimizer, options=TRAINED)
-    once = dict(state.policy.named_parameters())  # without the second name of a tied weight
-    model = {name: weight for name, weight in model.items() if name in once}
-    return {"model": model, "optimizer": optimizer}
+    return {"model_state_dict": model, "optim_state_dict": optimizer}
 
 
-def save_checkpoint(state, output, config):
+def save_checkpoint(state):
     """Write checkpoint-N. Its file .metadata comes last and says that the rest is whole."""
-    folder = output / f"checkpoint-{state.step}"
+    folder = state.output / f"checkpoint-{state.step}"
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        progress = {name: getattr(state, name) for name in PROGRESS}
-        progress |= {"scheduler": state.scheduler.state_dict(), "identity": identity(state, config)}
-        progress["processes"] = WORLD
-        (folder / "state.json").write_text(json.dumps(progress))
+        position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
+        position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
+        (folder / "position.json").write_text(json.dumps(position))
     gather(None)  # the others wait for the folder
     dcp.save(tensors_of(state), checkpoint_id=folder)
     if RANK == 0:
-        rotate_checkpoints(output, config.keep_checkpoints)
+        rotate_checkpoints(state.output, 2)
 
 
-def restore(state, output, config):
+def restore(state):
     """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
-    damaged = []
-    for folder in map(Path, reversed(sort_checkpoints(output))):
-        tensors = tensors_of(state)
-        try:
-            saved = json.loads((folder / "state.json").read_text())
-            old, new = saved["identity"], identity(state, config)
-            changed = [f"--{name}" for name in new if new[name] != old.get(name)]
-            if not changed:
-                dcp.load(tensors, checkpoint_id=folder)
-        except (OSError, ValueError, dcp.api.CheckpointException) as error:
-            say(f"warning: {folder} is damaged and passed over: {last_line(error)}")
-            damaged.append(folder)
-            continue
-        if changed:
-            raise ValueError(
-                f"{folder} cannot go on: {', '.join(changed)} (or the content of the file) changed "
-                "since; put it back, or name another --output_dir"
-            )
-        dcp_state.set_state_dict(
-            state.policy,
-            state.optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-            options=TRAINED,
-        )
-        state.scheduler.load_state_dict(saved["scheduler"])
-        for name in PROGRESS:
-            setattr(state, name, saved[name])
-        if saved["processes"] != WORLD:
-            say(f"warning: {WORLD} processes instead of {saved['processes']}: other samples")
-        for newer in damaged if RANK == 0 else ():
-            shutil.rmtree(newer)  # or it would be kept instead of whole ones
-        return say(f"goes on after step {state.step}, from {folder}")
-    if list(output.glob("checkpoint-*/.metadata")):  # weights may be half loaded
-        raise ValueError(f"{output}: no checkpoint can be read; --overwrite true starts anew")
-    if (output / "summary.json").exists():
-        raise ValueError(f"{output} is finished, and without a checkpoint; --overwrite true")
-    say(f"{output} holds no whole checkpoint: starts from the beginning")
+    folders = map(Path, sort_checkpoints(state.output))
+    whole = [folder for folder in folders if (folder / ".metadata").exists()]
+    if not whole:
+        raise ValueError(f"{state.output} holds no whole checkpoint; --overwrite true starts anew")
+    tensors = tensors_of(state)
+    dcp.load(tensors, checkpoint_id=whole[-1])
+    dcp_state.set_state_dict(state.policy, state.optimizer, **tensors, options=TRAINED)
+    position = json.loads((whole[-1] / "position.json").read_text())
+    logs = position.pop("logs")
+    vars(state).update(position)  # step, updates, skipped
+    gather(None)  # all have read
+    for log in state.output.glob("*.jsonl") if RANK == 0 else ():
+        os.truncate(log, logs.get(log.name, 0))  # what came after the checkpoint will come again
+    say(f"goes on after step {state.step}, from {whole[-1]}")
 
 
-def last_line(error):
-    """The message of an error; that of a CheckpointException ends a printed traceback."""
-    return str(error).strip().splitlines()[-1]
+def save_final(state, config):
+    """Write a folder that from_pretrained and AutoProcessor load, with adapters merged.
 
-
-def save_final(state, folder, config):
-    """Write a folder that from_pretrained and AutoProcessor load, with adapters merged."""
+    observe_r1.json holds what shaped the prompts, so that the model is measured as it was trained.
+    """
     options = replace(TRAINED, full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(state.policy, options=options)
-    if RANK:
+    if RANK > 0:
         return
-    model = load_model(replace(config, device="cpu"), trained=False)
+    folder, model = state.output / "final", load_model(config, torch.float32, "cpu")
     adapters = add_adapters(model, config) if config.lora_rank else None
-    unknown = Policy(model).load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
-        raise RuntimeError(f"trained weights that the model lacks: {unknown}")
+    Policy(model).load_state_dict(weights, strict=False)  # frozen weights are not among them
     if adapters:
         adapters.save_pretrained(folder / "adapter")
         model = adapters.merge_and_unload()
-    model.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
+    model.save_pretrained(folder)
     state.processor.save_pretrained(folder)
+    shaped = {name: getattr(config, name) for name in SHAPES_PROMPTS}
+    (folder / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
 
 
 # -------------------------------------------------------------------------------- logs and signals
 
 
-@contextmanager
-def run_folder(config, results=RESULTS):
-    """The output folder, locked. A run that it holds goes on, is replaced, or stays as it is."""
-    if not config.output_dir:
-        raise ValueError("--output_dir is missing")
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output / f".lock{RANK}", blocking=False)
-    try:
-        held = lock.acquire()
-    except filelock.Timeout as error:
-        raise ValueError(f"{output} is in use by another run") from error
-    with held:
-        found = old_results(output, results)
-        if found and RANK == 0 and not config.resume and not config.overwrite:
-            raise ValueError(
-                f"{output} holds a run: --resume true goes on with it, --overwrite true "
-                "replaces it, another --output_dir keeps it"
-            )
-        for name in ("model", "data", "eval_data", "clean_model") if config.overwrite else ():
-            needed = Path(getattr(config, name)).resolve()
-            if any(needed.is_relative_to(path.resolve()) for path in found):
-                raise ValueError(f"--overwrite true would delete --{name} {getattr(config, name)}")
-        yield output
+def stop_on_signals(state):
+    """Ctrl-C or SIGTERM: finish the step, save, leave. A second one: at once.
 
-
-def old_results(output, results):
-    """What an earlier run left in the folder."""
-    return [path for name in results.split() for path in output.glob(name)]
-
-
-def stop_on_signals():
-    """An empty list that Ctrl-C or SIGTERM fills: finish the step, save, leave. Twice: at once."""
-    received = []
+    torchrun kills its processes 30 seconds after a signal; its --shutdown-timeout gives them more.
+    """
 
     def note(number, frame):
-        if received:
+        if state.signals:
             raise KeyboardInterrupt
-        received.append(number)
+        state.signals.append(number)
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
-    return received
 
 
 def read_log(file):
     """The rows of a .jsonl file, none if there is no file; half a line, left by a kill, is cut."""
-    text = file.read_text() if file.exists() else ""
-    whole = text.rfind("\n") + 1
+    text = file.read_bytes() if file.exists() else b""
+    whole = text.rfind(b"\n") + 1
     if whole < len(text):
         os.truncate(file, whole)
     return [json.loads(line) for line in text[:whole].splitlines()]
 
 
-def append_log(file, rows, mode="a"):
-    """Add rows to a .jsonl file, or with mode "w" replace it."""
-    with open(file, mode) as log:
-        log.writelines(json.dumps(row) + "\n" for row in rows)
+def append_log(file, rows):
+    """Add rows to a .jsonl file, once, not once per process."""
+    if RANK == 0:
+        with open(file, "a") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_summary(file, content):
+def write_result(file, content):
     """Write and print the result of a command."""
     if RANK == 0:
         file.write_text(json.dumps(content, indent=1))
-    say(json.dumps(content))
+    say(f"{file}: {json.dumps(content)}")
     return content
 
 
-def data_uri(image):
-    """A small PNG of a picture as text, for an HTML page."""
-    image = image.convert("RGB")
-    image.thumbnail((256, 256))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def log_step(progress, output, state, problems, rollouts, scores, metrics, config):
+def log_step(state, own, scores, metrics):
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
-    lengths = rollouts.mask.sum(-1)
-    values = {
-        **scores,
-        "response_length": lengths,
-        "truncated_fraction": lengths >= config.max_new_tokens,
-        "zero_weight_fraction": scores["weight"] == 0,
-        "skipped_fraction": (scores["advantage"] == 0).all(-1),
-    }
-    difficulty = [problem["difficulty"] for problem in problems]
-    if None not in difficulty:  # measured when the ladder was made
-        values["difficulty"] = torch.tensor(difficulty)
-    parts = gather({name: value.cpu().double() for name, value in values.items()})
-    if RANK:
-        return
-    means = {name: torch.cat([part[name] for part in parts]).mean().item() for name in values}
-    del means["advantage"]  # 0 in every group
-    metrics = {"step": state.step, "total_steps": len(state.steps), **means, **metrics}
-    append_log(output / "metrics.jsonl", [metrics])
-    rows = response_rows(problems, rollouts, scores)
-    order = sorted(range(len(rows)), key=lambda b: -rows[b]["weight"])  # those that teach, first
-    for b in order if state.skipped_updates else order[:2]:
-        rows[b]["pictures"] = [data_uri(image) for image in problems[b]["images"]]
-        append_log(output / "rollouts.jsonl", [{"step": state.step, **rows[b]}])
-    line = "step {step}  reward {reward:.3f}  accuracy {accuracy:.3f}  format {format:.3f} of 0.5  "
-    line += "length {response_length:.0f}  clipped {clip_fraction:.3f}  kl {kl:.2g}"
-    progress.write(line.format(**metrics))
-    if "eval_accuracy" in metrics:
-        progress.write(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
+    rows = gather_lists(own)
+    names = [name for name in (*scores, "difficulty") if name in rows[0]]
+    metrics |= mean_scores(rows, names)
+    metrics["zero_weight_fraction"] = np.mean([row["weight"] == 0 for row in rows])
+    for name, value in metrics.items():  # JSON has no NaN
+        metrics[name] = value if math.isfinite(value) else None
+    append_log(state.output / "metrics.jsonl", [{"step": state.step, **metrics}])
+    shown = sorted(own, key=lambda row: -row["weight"])[:2]  # of those that teach most
+    append_log(state.output / "rollouts.jsonl", [{"step": state.step, **row} for row in shown])
+    shown = ("reward", "accuracy", "format", "response_length", "kl", "eval_accuracy")
+    shown = [f"{name} {metrics[name]:.3g}" for name in shown if metrics.get(name) is not None]
+    say("  ".join([f"step {state.step}", *shown]))
 
 
 # ------------------------------------------------------------------------------------ command line
 
 COMMANDS = {"train": train, "ladder": ladder, "eval": evaluate_model}
+USAGE = f"python observe_r1.py [{' | '.join(COMMANDS)}] [--OPTION VALUE] ..."
 TOY = Path(__file__).resolve().parent / "toy" / "config.json"
+HELP = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+SHAPES_PROMPTS = ("observe", "system_prompt", "min_pixels", "max_pixels")
 
 
-def check_options(config):
-    """ValueError for options of `train` that contradict each other, with the arithmetic."""
-    c = config
-    groups = f"--prompts_per_step {c.prompts_per_step}"
-    wrong = {
-        "--num_generations 1: a response is compared with its group": c.num_generations == 1,
-        "--temperature 0 makes all responses of a group equal": c.temperature == 0,
-        f"{groups} is no multiple of --minibatch_prompts {c.minibatch_prompts}": (
-            c.prompts_per_step % c.minibatch_prompts
-        ),
-        f"{groups} for {WORLD} processes": c.prompts_per_step < WORLD,
-        f"--min_length {c.min_length} >= --max_new_tokens {c.max_new_tokens}: no response can get "
-        "the bonus (--bonus 0)": c.bonus and c.min_length >= c.max_new_tokens,
-        "--eval_steps needs --eval_data": c.eval_steps and not c.eval_data,
-    }
-    for why, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(why)
+def check_config(config):
+    """ValueError for an option of the wrong type or below its least value."""
+    for name, kind in Config.__annotations__.items():
+        value, least = getattr(config, name), HELP[name].partition("at least ")[2]
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or least and not float(least) <= value < math.inf:  # false for NaN as well
+            raise ValueError(f"--{name} {value!r}: {HELP[name]} ({kind.__name__})")
+    if config.min_pixels > config.max_pixels:
+        raise ValueError(f"--min_pixels {config.min_pixels} > --max_pixels {config.max_pixels}")
+    if config.eval_steps and not config.eval_data:
+        raise ValueError("--eval_steps needs --eval_data")
 
 
-def parse_arguments(arguments):
-    """(command, Config); no arguments at all train the toy."""
-    command, *options = arguments or ["train", "--config", str(TOY)]
-    if command not in COMMANDS:
-        raise ValueError(f"usage: python observe_r1.py [{' | '.join(COMMANDS)}] [--help]")
-    title = f"observe_r1.py {command}"
-    usage = f"{title} [--OPTION VALUE] ...; --help lists the options"
-    parser = transformers.HfArgumentParser(Config, prog=title, usage=usage, allow_abbrev=False)
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+def parse_arguments(words):
+    """(command, Config); options need no command, and without --data they are for the toy."""
+    parser = transformers.HfArgumentParser(Config, usage=USAGE, allow_abbrev=False)
+    parser.add_argument("command", nargs="?", default="train", help=", ".join(COMMANDS))
     for action in parser._actions:
-        action.help = comments.get(action.dest, action.help)
-    (config,) = parser.parse_args_into_dataclasses(options)
-    if config.config:
-        try:
-            (base,) = parser.parse_json_file(config.config)  # refuses options that do not exist
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"--config {config.config}: {error}") from error
-        for name in ("model", "data", "eval_data"):  # a path may start at the file's own folder
-            path = Path(config.config).parent / getattr(base, name)
-            if getattr(base, name) and path.exists():
-                setattr(base, name, str(path))
-        parser.set_defaults(**asdict(base))  # options that were given win over these
-        (config,) = parser.parse_args_into_dataclasses(options)
-    if config.cpu_offload and command != "train":
-        raise ValueError(f"--cpu_offload is for train alone: {command} would run on the CPU")
-    config.output_dir = config.output_dir or f"runs/{command}"
-    return command, config
+        action.help = HELP.get(action.dest, action.help)
+
+    def parse(defaults):
+        parser.set_defaults(**defaults)
+        return parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+
+    config, others, unknown = parse({})
+    known = [*COMMANDS, *(f"--{name}" for name in HELP)]
+    for word in {*unknown, others.command} - {*COMMANDS}:
+        raise ValueError(f"{word}? Perhaps {difflib.get_close_matches(word, known)}. {USAGE}")
+    given, file = {}, Path(config.config or TOY)
+    if config.config or not config.data:
+        given = json.loads(file.read_text())
+        given.pop("content", None)  # a run adds it to its own
+        if wrong := given.keys() - HELP.keys():
+            raise ValueError(f"{file}: unknown options {sorted(wrong)}")
+        for name in given.keys() & {"model", "data", "eval_data"}:
+            if (file.parent / given[name]).exists():  # a path may start at the file's own folder
+                given[name] = str(file.parent / given[name])
+        config, *_ = parse(given)
+    trained = Path(config.model) / "observe_r1.json"
+    if trained.exists():  # what shaped the prompts of its training
+        config, *_ = parse(json.loads(trained.read_text()) | given)
+        say(f"{trained} says how the model was prompted; options that are given win")
+    config.output_dir = config.output_dir or f"runs/{others.command}"
+    check_config(config)
+    return others.command, config
 
 
 def main():
     """Run one command; a mistake that a user can mend ends in one line instead of a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in one line, as Ctrl-C does
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors end in ours
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|`is_gradient_checkpointing`")
+    mistakes = (ValueError, OSError, SafetensorError, dcp.api.CheckpointException)
     try:
         command, config = parse_arguments(sys.argv[1:])
         COMMANDS[command](config)
     except KeyboardInterrupt:
         raise SystemExit("observe_r1: stopped; what was written so far is kept") from None
-    except (ValueError, OSError, SafetensorError) as error:
+    except mistakes as error:
         raise SystemExit(f"observe_r1: {error}") from error
-    except dcp.api.CheckpointException as error:
-        raise SystemExit(f"observe_r1: no checkpoint written: {last_line(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"observe_r1: {error}\nWhat helps, the most effective first: --lora_rank 64, a smaller "
-            "--token_budget, --max_pixels, --cache_gb"
-        ) from error
+        help = "python tools/memory.py, with the same options, says what a run needs and what helps"
+        raise SystemExit(f"observe_r1: {error}\n{help}") from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
