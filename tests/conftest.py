@@ -1,6 +1,7 @@
 """What all tests share: the script on sys.path, no network, the toy's model, problems, options."""
 
 import copy
+import io
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from PIL import Image
 import observe_r1
 
 TOY = ROOT / "toy"
+PICTURES = datasets.List(datasets.Image(decode=False))
 
 # What our own calls must not cause: the message of a deprecation that a library of ours gives.
 OUTDATED = r"(?s).*(transformers|torch|datasets|past_key_values|_enable|deprecat|will be removed)"
@@ -49,7 +51,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def processor():
-    return transformers.AutoProcessor.from_pretrained(TOY / "model")
+    size = {"shortest_edge": 784, "longest_edge": 50176}
+    return transformers.AutoProcessor.from_pretrained(TOY / "model", size=size)
 
 
 @pytest.fixture(scope="session")
@@ -75,16 +78,16 @@ def same_signals():
 
 def toy_config(**options):
     """The toy's options, small enough for a test."""
-    config = observe_r1.parse_arguments(["train", "--config", str(TOY / "config.json")])[1]
-    small = {"config": "", "num_generations": 4, "max_new_tokens": 48, "minibatch_prompts": 2}
+    _, config = observe_r1.parse_arguments([])
+    small = {"num_generations": 4, "max_new_tokens": 48, "minibatch_prompts": 2}
     return replace(config, **{**small, **options})
 
 
 def run_config(data, output, **options):
     """A run of a few steps of four prompts, saved every second step, without held-out problems."""
     small = {"data": str(data), "output_dir": str(output), "prompts_per_step": 4}
-    small |= {"eval_data": "", "eval_steps": 0, "save_steps": 2, "keep_checkpoints": 0}
-    return toy_config(**{**small, "max_new_tokens": 128, "overwrite": False, **options})
+    small |= {"eval_data": "", "eval_steps": 0, "save_steps": 2, "max_new_tokens": 128}
+    return toy_config(**{**small, "overwrite": False, **options})
 
 
 @pytest.fixture
@@ -92,14 +95,22 @@ def config():
     return toy_config()
 
 
+def toy_rows(name, chosen):
+    """Some rows of a file of the toy, their pictures encoded."""
+    table = datasets.Dataset.from_parquet(str(TOY / f"{name}.parquet"))
+    return table.cast_column("images", PICTURES).select(chosen).to_list()
+
+
 def toy_problems():
     """One, three and two digits, a question without a picture and one with two."""
-    rows = list(observe_r1.load_problems(str(TOY / "heldout.parquet")).select([0, 2, 1]))
+    rows = toy_rows("heldout", [0, 2, 1])
+    for row in rows:
+        row["images"] = [Image.open(io.BytesIO(stored["bytes"])) for stored in row["images"]]
     strip, tall = rows[0]["images"][0], Image.linear_gradient("L").resize((84, 56))
     text = {"id": "text", "images": [], "question": "What is 3+4?", "answer": "7"}
     # A picture of several rows takes fewer rope positions than tokens: 6 tokens, 3 positions.
     two = {"id": "two", "images": [strip, tall], "question": "What is the sum?", "answer": "9"}
-    return [*rows, text, two]
+    return [{**problem, "row": row} for row, problem in enumerate([*rows, text, two])]
 
 
 @pytest.fixture
@@ -110,23 +121,17 @@ def problems():
 @pytest.fixture
 def few(tmp_path):
     """24 toy problems with scores of old, one of them with a gold that no rule can check."""
-    rows = observe_r1.load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 40))
-    rows = rows.remove_columns(["digest", "place", "fault", "pictures", "prompt_tokens"]).to_list()
+    rows = toy_rows("ladder", range(0, 960, 40))
     rows[3]["answer"] = "N/A"
-    file = tmp_path / "raw.parquet"
-    write_parquet(file, rows)
-    return str(file)
+    return write_parquet(tmp_path / "raw.parquet", rows)
 
 
 def write_parquet(file, rows):
-    """Rows with embedded pictures ({"bytes", "path"}) as a data set that says they are pictures."""
+    """Rows with embedded pictures ({"bytes", "path"}) in the script's format."""
     table = datasets.Dataset.from_list(rows)
-    for name in ("images", "image"):
-        if name in table.column_names:
-            feature = datasets.Image()
-            feature = datasets.List(feature) if name == "images" else feature
-            table = table.cast_column(name, feature)
-    table.to_parquet(file)
+    if "images" in table.column_names:
+        table = table.cast_column("images", PICTURES)
+    table.to_parquet(str(file))
     return str(file)
 
 
