@@ -57,7 +57,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet
-import rewards
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -73,6 +72,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+import rewards
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Config:
     max_new_tokens: int = 8192  # length cap of a response, at least 1
     min_pixels: int = 3136  # smaller pictures are enlarged to this area, at least 1
     max_pixels: int = 2560000  # larger pictures are reduced to this area, at least 1
-    cache_gb: float = 0.0  # GB for the key/value cache (0: most of what is free), at least 0
+    cache_gb: float = 0.0  # GB of key/value cache (0: most of what is free), at least 0
     system_prompt: str = ""  # replaces the built-in system prompt
 
     observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
@@ -212,8 +213,8 @@ def mix_ladder(difficulty, complexity, seed=0):
         share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
         share *= level_size / share.sum(0).clip(1e-12)
 
-    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then all
-    # stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
+    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then
+    # all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
     for own in np.linspace(0, 1, 21):
         mixed = (1 - own) * share + own * np.diag(level_size)
         ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
@@ -228,9 +229,9 @@ def mix_ladder(difficulty, complexity, seed=0):
     generator = np.random.default_rng(seed)
     by_length = np.argsort(complexity, kind="stable")
     stage, place = np.zeros((2, len(level)))  # place: within the stage, from 0 to 1
-    for l in range(9):  # levels
-        members = by_length[level[by_length] == l]
-        for s, part in enumerate(np.split(members, ends[:-1, l])):
+    for number in range(9):  # of the level
+        members = by_length[level[by_length] == number]
+        for s, part in enumerate(np.split(members, ends[:-1, number])):
             # Evenly over the stage, each a little to the right by chance: exactly even places would
             # beat against the even stride with which --max_steps thins the ladder.
             stage[part] = s
@@ -276,7 +277,7 @@ def ladder(config):
     kept = select_problems(difficulty, complexity)
     order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
     chosen = kept[order]
-    mixed = raw.select(unsolved[chosen]).remove_columns(list(LADDER.keys() & raw.features.keys()))
+    mixed = raw.select(unsolved[chosen]).remove_columns(list({*LADDER} & {*raw.features}))
     for name, values in zip(LADDER, (difficulty[chosen], complexity[chosen], stage)):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
@@ -352,8 +353,8 @@ class FixedLayer(DynamicLayer):
 def read_prompts(model, prompts, config):
     """The forward pass over each prompt alone, repeated for its G responses: N rows.
 
-    Returns the hidden state that predicts the first response token [N,H], the position and the
-    number of the last prompt token [N], and the cache, where shorter prompts are padded on the left.
+    Returns the hidden state that predicts the first response token [N,H], the position of the last
+    prompt token and the number of prompt tokens [N], and the cache, padded on the left.
     """
     G, T, rows, caches = config.num_generations, config.max_new_tokens, [], []
     for prompt in prompts:
@@ -427,15 +428,14 @@ def rollout(model, processor, problems, config) -> Rollouts:
     prompt_lengths = np.array([prompt["input_ids"].shape[1] for prompt in prompts])
     longest = config.num_generations * (prompt_lengths.max() + config.max_new_tokens)
     size = max(1, int(cache_memory(config) / (longest * cache_bytes(model.config))))
-    shape = (len(prompts), config.num_generations, config.max_new_tokens)
-    response_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
-    lengths = response_ids[..., 0].clone()  # [B,G]
-    for chunk in np.split(prompt_lengths.argsort(kind="stable"), range(size, len(prompts), size)):
+    order = prompt_lengths.argsort(kind="stable")
+    parts = []
+    for chunk in np.split(order, range(size, len(prompts), size)):
         with AUTOCAST:
-            sampled = sample(model, [prompts[b] for b in chunk], stop, config)
-        response_ids[chunk], lengths[chunk] = sampled
+            parts.append(sample(model, [prompts[b] for b in chunk], stop, config))
+    response_ids, lengths = (torch.cat(part)[order.argsort()] for part in zip(*parts))
     T = int(lengths.max())
-    mask = torch.arange(T, device=model.device) < lengths[..., None]
+    mask = torch.arange(T, device=model.device) < lengths[..., None]  # [B,G,T]
     response_ids = response_ids[..., :T] * mask
     # Special tokens stay in the text, because the tags of the format may be special, too.
     kept = mask & ~torch.isin(response_ids, stop)
@@ -878,7 +878,7 @@ def measure(state, step, config, rollout):
         return evaluate(policy.model, state.processor, state.held_out, config, file, rollout)
 
 
-# ---------------------------------------------------------------------------- start and end of a run
+# --------------------------------------------------------------------------- start and end of a run
 
 MAY_CHANGE = {"data", "eval_data", "save_steps", "eval_steps", "cache_gb", "token_budget"}
 MAY_CHANGE |= {"output_dir", "gradient_checkpointing"}
@@ -931,7 +931,7 @@ def start(config):
 
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # areas
     processor = transformers.AutoProcessor.from_pretrained(config.model, size=size)
-    if not isinstance(processor, transformers.Qwen2_5_VLProcessor):
+    if type(processor) is not transformers.Qwen2_5_VLProcessor:
         raise ValueError(f"--model {config.model} is no Qwen2.5-VL")
     problems = load_problems(config.data, processor, config)
     held_out = load_problems(config.eval_data, processor, config) if config.eval_data else None
@@ -1008,7 +1008,7 @@ def start_step(state, config):
 
 
 def check_rollouts(state, rollouts, problems, scores):
-    """ValueError for a rollout that breaks its contract; a warning if the first one earns nothing."""
+    """ValueError for a rollout that breaks its contract; a warning if the first earns nothing."""
     tokens, banned = (
         rollouts.response_ids[rollouts.mask].tolist(),
         vision_tokens(state.policy.model),
@@ -1058,10 +1058,10 @@ def finish_run(state, config, rollout):
 # One format, which tools/convert.py makes of all others: a Parquet file with these columns, of
 # which the first three must be there.
 
-TEXT, NUMBER = datasets.Value("string"), datasets.Value("float64")
-COLUMNS = {"images": datasets.List(datasets.Image(decode=False)), "question": TEXT, "answer": TEXT}
-LADDER = dict.fromkeys(("difficulty", "complexity", "stage"), NUMBER)
-KNOWN = {**COLUMNS, "id": TEXT, "category": TEXT, **LADDER}
+LADDER = ("difficulty", "complexity", "stage")  # the columns that the ladder command adds
+COLUMNS = {"images": datasets.List(datasets.Image(decode=False))}
+COLUMNS |= dict.fromkeys(("question", "answer", "id", "category"), datasets.Value("string"))
+COLUMNS |= dict.fromkeys(LADDER, datasets.Value("float64"))
 
 
 def load_problems(file, processor, config):
@@ -1069,13 +1069,13 @@ def load_problems(file, processor, config):
     try:
         schema = pyarrow.parquet.read_schema(file)
         names = set(schema.names)
-        if missing := COLUMNS.keys() - names:
+        if missing := {"images", "question", "answer"} - names:
             raise ValueError(f"the columns {sorted(missing)} are missing")
-        if unknown := names - KNOWN.keys():
+        if unknown := names - COLUMNS.keys():
             raise ValueError(f"the columns {sorted(unknown)} are unknown")
         if not all("string" in str(schema.field(name).type) for name in ("question", "answer")):
             raise ValueError("a question or an answer is no text")  # 1.1, or 1.100000023?
-        features = datasets.Features({name: KNOWN[name] for name in schema.names})
+        features = datasets.Features({name: COLUMNS[name] for name in schema.names})
         folder = str(Path(config.output_dir) / "data")  # shared by all processes
         problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
@@ -1106,10 +1106,7 @@ def check_problem(problem, processor, config):
         raise ValueError(f"the question holds the control tokens {found}")
     text = prompt_text(chat_messages(problem, config), processor)
     if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
-        raise ValueError(
-            f"the chat template begins the response with {opened[0]}, which would count"
-            " as missing: take it out of the model's chat_template.jinja"
-        )
+        raise ValueError(f"the model's chat template begins the response: take {opened[0]} out")
     length = len(tokenizer(text)["input_ids"])
     for stored in pictures:  # the text holds one token for each
         picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
@@ -1386,7 +1383,8 @@ def append_log(file, rows):
 
 
 def write_result(file, content):
-    """Write and print the result of a command."""
+    """Write and print the result of a command, to four digits."""
+    content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
     if RANK == 0:
         file.write_text(json.dumps(content, indent=1))
     say(f"{file}: {json.dumps(content)}")
@@ -1399,14 +1397,18 @@ def log_step(state, own, scores, metrics):
     names = [name for name in (*scores, "difficulty") if name in rows[0]]
     metrics |= mean_scores(rows, names)
     metrics["zero_weight_fraction"] = np.mean([row["weight"] == 0 for row in rows])
+    say(
+        f"step {state.step}  reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  "
+        f"format {metrics['format']:.3f} of 0.5  length {metrics['response_length']:.0f}  "
+        f"clipped {metrics['clip_fraction']:.3f}  kl {metrics['kl']:.2g}"
+    )
+    if "eval_accuracy" in metrics:
+        say(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
     for name, value in metrics.items():  # JSON has no NaN
         metrics[name] = value if math.isfinite(value) else None
     append_log(state.output / "metrics.jsonl", [{"step": state.step, **metrics}])
     shown = sorted(own, key=lambda row: -row["weight"])[:2]  # of those that teach most
     append_log(state.output / "rollouts.jsonl", [{"step": state.step, **row} for row in shown])
-    shown = ("reward", "accuracy", "format", "response_length", "kl", "eval_accuracy")
-    shown = [f"{name} {metrics[name]:.3g}" for name in shown if metrics.get(name) is not None]
-    say("  ".join([f"step {state.step}", *shown]))
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1448,7 +1450,10 @@ def parse_arguments(words):
         raise ValueError(f"{word}? Perhaps {difflib.get_close_matches(word, known)}. {USAGE}")
     given, file = {}, Path(config.config or TOY)
     if config.config or not config.data:
-        given = json.loads(file.read_text())
+        try:
+            given = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is no JSON object of options: {error}") from error
         given.pop("content", None)  # a run adds it to its own
         if wrong := given.keys() - HELP.keys():
             raise ValueError(f"{file}: unknown options {sorted(wrong)}")
@@ -1480,8 +1485,8 @@ def main():
     except mistakes as error:
         raise SystemExit(f"observe_r1: {error}") from error
     except torch.OutOfMemoryError as error:
-        help = "python tools/memory.py, with the same options, says what a run needs and what helps"
-        raise SystemExit(f"observe_r1: {error}\n{help}") from error
+        what = "`python tools/memory.py` with the same options says what a run needs and what helps"
+        raise SystemExit(f"observe_r1: {error}\n{what}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
