@@ -41,12 +41,12 @@ def test_doctests():
         ("<answer>12</answer>", "12"),
         ("<answer>11</answer> no, <answer>12</answer>", "12"),
         ("<answer>11</answer> no, <answer>12", "11"),  # the last complete one
-        ("so <answer>12", "12"),
+        ("so <answer>12", None),  # cut
         ("<answer>12</answer></answer>", "12"),
         (r"so \boxed{\frac{1}{2}} or \boxed{12}", "12"),
         (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"so \boxed{12", None),
-        ("</answer>12<answer>", ""),
+        ("</answer>12<answer>", None),
         ("the answer is 12", None),
         ("", None),
     ],
@@ -365,8 +365,12 @@ def test_weights_of_every_group_of_eight():
 def test_bad_groups_are_refused():
     with pytest.raises(ValueError, match="at least one"):
         dynamic_weight([])
-    for correct, lengths in (([], []), ([True], [1, 2]), ([True], [-1])):
-        with pytest.raises(ValueError, match="one length"):
+    for correct, lengths, message in (
+        ([], [], "at least one"),
+        ([True], [1, 2], "1 responses, but 2 lengths"),
+        ([True], [-1], "negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
             bonus_rewards(correct, lengths)
 
 
@@ -375,6 +379,13 @@ def test_bad_groups_are_refused():
 
 PAIRS = [json.loads(line) for line in (HERE / "toy" / "answers.jsonl").open()]
 FAULTS = [json.loads(line) for line in (HERE / "tests" / "answer_faults.jsonl").open()]
+CASES_3 = [json.loads(line) for line in (HERE / "tests" / "answer_faults_3.jsonl").open()]
+
+
+@pytest.mark.parametrize("row", CASES_3, ids=lambda row: f"{row['kind']}: {row['gold'][:20]}")
+def test_cases_of_fourteen_kinds(row):
+    response = row.get("response") or f"<answer>{row['answer']}</answer>"
+    assert accuracy_reward(response, row["gold"]) == row["match"]
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=lambda row: f"{row['kind']}: {row['gold']}")
