@@ -397,6 +397,7 @@ _RULES = _rules(  # spellings that concern more than one token
     百分之 ?([0-9.]+) → \1%
     根号 → √
     (?<=[0-9一二两三四五六七八九十])(?:个|只|条|名|人|本|支|颗|棵|辆|块|张|件|种|次|位|头)(?!半|多|月|小时)[\u4e00-\u9fff]*$ → ␣units
+    (?<=[米升克])[长宽高深]$|^[长宽高深](?=[0-9]) →
     毫米 → ␣mm␣
     厘米|公分 → ␣cm␣
     分米 → ␣dm␣
@@ -741,17 +742,18 @@ def _same(a, b):
         return _same_relation(a, b)
     if ":" in (a[0], b[0]):
         return _same_ratio(a, b)
+    # The name AC may be the options A and C. BA is not: its order may count.
     if b[0] in ",∧{}" and a[0] == "letter":
         a, b = b, a
     if a[0] in ",∧{}" and b[0] == "letter" and re.fullmatch("A?B?C?D?E?F?G?H?", b[1]):
         b = (",", *[("letter", option) for option in b[1]])
-    if a[0][0] in _LISTS and b[0][0] in _LISTS:
+    if b[0][0] in _LISTS:
         return _same_list(a, b)
     if _agree(a, b):
         return True
     if "+" in (a[0], b[0]) or _leaves(a, "unit") and _leaves(b, "unit"):
         return False
-    # One side may leave out the unit.
+    # One side may leave out the unit, but nothing else.
     return not _leaves(("pair", a, b), "letter") and _agree(a, b, with_units=False)
 
 
@@ -774,7 +776,7 @@ def _same_list(a, b):
     names_b, values_b = zip(*map(_solved, b[1:]))
     named = any(names_a) and any(names_b)
     items_a, items_b = (a[1:], b[1:]) if named else (values_a, values_b)
-    several = len({*names_a, *names_b} - {None}) > 1  # 3, 4 for x = 3, y = 4
+    several = len({*names_a, *names_b} - {None}) > 1  # then 3, 4 is x = 3, y = 4 in this order
     if several and "∨" in kinds:
         return False
     if brackets <= {"{}", "∪"} and (named or not several):
@@ -826,7 +828,7 @@ def _solved(tree, lenient=False):
         values = [side for side in sides if not _leaves(side, "letter")] or sides[1:]
         names = [side for side in sides if side not in values]
         clear = all(map(_is_name, names))
-        if lenient and not clear:
+        if lenient:
             clear = values[1:] or not all(_leaves(name, "number") for name in names)
         if clear and all(_same(values[0], value) for value in values):
             return (names or [None])[0], values[0]
@@ -863,8 +865,8 @@ _WRAPPERS = _rules(  # what is taken off before anything is read, in this order
     [‘’] → '
     [“”] → "
     [【「『《«‹]([A-Za-z])[】」』》»›] → (\1)
-    (?i)<(b|strong|i|em|u|p|span|mark|code|font|big|div|center|h[1-6])(?: [^<>]*)?>(?=.*</\1>) → ␣
-    (?i)</(?:b|strong|i|em|u|p|span|mark|code|font|big|div|center|h[1-6])>|<br ?/?> → ␣
+    (?i)<(b|strong|i|em|u|p|span|mark|code|font|big|div|center|li|option|h[1-6])(?: [^<>]*)?>(?=.*</\1>) → ␣
+    (?i)</(?:b|strong|i|em|u|p|span|mark|code|font|big|div|center|li|option|h[1-6])>|<br ?/?> → ␣
     \\\$ → ＄
     \$([^$]*)\$ → ␣\1␣
     (?<!\\)\\␣ → ␣
@@ -876,13 +878,15 @@ _WRAPPERS = _rules(  # what is taken off before anything is read, in this order
     \\(?:text|mbox|math|operatorname|underline|emph)[a-z]* ?\{([^{}]*)\} → ␣\1␣
     \\text[a-z]* ?\{([^{}]*)\} → ␣\1␣
     ^(?:Both|both)␣ →
+    (?<=[A-H)]) are (?:both |all )?(?:correct|right|true)\.?$ →
+    ^[-*•·] (?=\(?[A-H]\)?(?:,| and )) →
     ^␣+|[ ,;\\]+$ →
     ^\\f?boxed ?\{((?!.*boxed).*)\}\.?$ → \1
     ^(["'*_]) ?(.+)\1$ → \2
     ^([-$\\]*[0-9][^ ]*(?: [a-z0-9^]+){0,2}) (?:is|are) (?:the|in the|on the) (?!.*\b(?:not|wrong)\b)[A-Za-z ]+\.?$ → \1
     ^[A-Za-z][a-z]{2,}[A-Za-z ]* ?= ?(?=[^=]+=)(?!.*(?<!\\)\b[a-z]{3}) → △␣=␣
     (?<!\.)[.。]$ →
-    (?i)^ *(?:so|thus|therefore|hence|∴),?␣+ →
+    (?i)^ *(?:so|thus|therefore|hence|∴|=>|⇒|→),?␣+ →
     ^(?:(?:【答案】|因此|所以|综上所述|综上|本题|我|故|正确|答案|选项|选择|应该|应|选|答)[是为,，:： ]*)+(?=.) →
     ^(?:一共|共有|共|有|大约|约|等于)(?=[0-9一二两三四五六七八九十]) →
     ^([A-Za-z]) ?(?:选项|项)?(?:是?正确(?:的|答案)?)?$ → \1
