@@ -114,6 +114,7 @@ def test_what_the_pairs_cannot_hold():
     assert not answers_match("", "") and not answers_match("5", "") and not answers_match("", "12")
     assert not answers_match("", "B. 12 cm")
     assert not answers_match("1+" * 300 + "1", "301")  # too long to be computed
+    assert not answers_match("Word " * 90, "word " * 90)  # too long to be cleaned
     assert answers_match("B. " + "so " * 200, "B") and not answers_match("x " * 300 + "is B", "B")
     value = rewards._at(rewards._parse("x"))  # the value of x at the first point
     assert value is not None and not answers_match(f"({value})", "x")
