@@ -3,26 +3,34 @@ r"""The rewards of Observe-R1 (arXiv 2505.12432): accuracy, format and bonus, an
 The rewards come first. Below them stands the checker behind `accuracy_reward`: a small language of
 answers with a table of spellings, a parser and a comparison. What `answers_match` reads:
 
-    choice      B   (b)   **B**   B. 12 cm   B, because ...   The answer is (B).   one letter only
-    number      1,345   1{,}000   .5   1 1/2   1\frac12   1.2e3   3 million   two thirds
-    quantity    12 cm^2   60km/h   50%   60^\circ   $5   2 hours 40 minutes   3:15 PM   12 apples
-    expression  + - * / ^ ( ) | |   \frac ab   \sqrt[3]{8}   2\sqrt3   4\pi(5)^2   \sin^2 x   x_1
-    equation    x = 5   180 - 45 = 135   \sqrt7 \approx 2.646   y = 2x + 1   2x - y + 1 = 0
-    inequality  x \geq 5   5 <= x   1 < x < 3   x \in [1,3)
+    choice      B   (b)   **B**   <b>B</b>   B. 12 cm   B, because ...   The answer is (B).   选B
+    options     AC   A, C   (C) and (A)     in any order
+    number      1,345   1{,}000   .5   1 1/2   1\frac12   1.2e3   3 x 10^4   3 million   two thirds
+    quantity    12 cm^2   12 cm2   60km/h   50%   60^\circ   $5   2 hours 40 minutes   3:15 PM   5厘米
+    expression  + - * / ^ ( ) | |   \frac ab   \sqrt[3]{8}   2sqrt(3)   4\pi(5)^2   \sin^2 x   x_1
+    equation    x = 5   180 - 45 = 135   a + b = 3 + 4 = 7   \sqrt7 \approx 2.646   y = 2x + 1
+    inequality  x \geq 5   5 <= x   1 < x < 3   x \in [1,3)   x < 1 or x > 3
     list        (2, 3)   [1, 2)   {2, 1}   3 and -3   1 \pm \sqrt2   (1,2) \cup (3,4)   \begin{pmatrix}
-    ratio       1:2   12:00     part by part
+    ratio       4:6 is 2:3 and 2/3, but 3:1 is not 3; times such as 12:00 are no ratios
     range       16-20   16 to 20     never a subtraction
-    text        what no other row reads: case, articles and outer punctuation do not count
+    statement   The area is 12 cm.   There are 5 red balls.   Perimeter: 12     one value, no doubt
+    text        everything else; case, articles and outer punctuation do not count
 
 Values are exact fractions where they can be. Expressions with letters are equal if they agree at
-fixed points. One side may leave out the unit; two units match if they convert exactly (1 m, 100 cm).
-A gold with n decimals is matched by what rounds to it there: 3.14 by \pi, not by 3.1. For an exact
-gold a decimal needs three digits. Whatever is unclear scores 0: a missed reward slows learning, a
-false one teaches. Not read, so only equal to their own text: factorials, sums over an index, complex
-values of letters such as i^2, relations inside brackets, repeating decimals.
+fixed points. One of two answers may leave out the unit; two units must convert exactly: 1 m is
+100 cm. If the gold is a decimal, every value that rounds to it is right: \pi matches 3.14, but 3.1
+does not. If the gold is exact, a decimal is right if it is rounded correctly and has at least three
+digits: 1.41 matches \sqrt2, but 1.4 does not. A gold such as "B. 12 cm" is matched by its letter,
+by its text, or by both.
+
+Whatever is unclear scores 0. To miss a right answer only slows the learning; to reward a wrong one
+teaches the model to give wrong answers. Some notations are not read and equal only their own text:
+factorials, sums over an index, complex numbers such as i^2, relations inside brackets, and
+repeating decimals.
 """
 
 import functools
+import itertools
 import math
 import operator
 import random
@@ -33,11 +41,12 @@ from fractions import Fraction
 
 
 def format_reward(response: str, observe: bool = True) -> float:
-    """The paper's format reward: 0.5 if the blocks stand as asked, else 0.0. Linear time.
+    """The paper's format reward: 0.5 if the blocks are those that the prompt asks for, else 0.0.
 
-    Asked are observe, think and answer, in this order with only white space between them, or
-    observe inside think. Each tag stands once, no block is blank, text around the whole is
-    tolerated. observe=False asks for think and answer alone.
+    The prompt asks for observe, think and answer. They stand in this order with only white space
+    between them, or observe stands inside think, which must have text of its own. Each tag occurs
+    once, no block is blank, and any text may stand before and after the whole. observe=False asks
+    for think and answer alone. The time is linear in the length of the response.
 
     >>> format_reward("<observe>a</observe> <think>b</think> <answer>c</answer>")
     0.5
@@ -63,15 +72,19 @@ def bonus_rewards(
 ) -> list[float]:
     """The bonus to the shortest correct response of a group, if it is longer than min_length.
 
-    The floor keeps "be short" from becoming "do not reason": if the shortest correct response is
-    not longer, nobody gets the bonus, not even a longer one. Ties go to the first. lengths: tokens
-    with the stop token. ValueError if the sequences do not fit.
+    The floor keeps "be short" from becoming "do not reason": if the shortest correct response does
+    not exceed it, nobody gets the bonus, not even a longer response. Ties go to the first. A length
+    counts the tokens of a response with its stop token. ValueError if the arguments are no group.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]
     """
-    if not correct or len(correct) != len(lengths) or min(lengths) < 0:
-        raise ValueError(f"a group needs one length >= 0 a response: {len(correct)} of {lengths}")
+    if not correct:
+        raise ValueError("a group needs at least one response")
+    if len(correct) != len(lengths):
+        raise ValueError(f"{len(correct)} responses, but {len(lengths)} lengths")
+    if min(lengths) < 0:
+        raise ValueError(f"the length of a response is negative: {min(lengths)}")
     rewards = [0.0] * len(correct)
     right = [i for i, is_correct in enumerate(correct) if is_correct]
     if right:
@@ -84,7 +97,8 @@ def bonus_rewards(
 def dynamic_weight(correct: Sequence[bool], sigma: float = 1.8) -> float:
     """The paper's weight of a group: 4 sigma p (1 - p), where p is the share of correct responses.
 
-    Half-solved groups weigh sigma, solved and hopeless ones 0. ValueError for an empty group.
+    A group that is half right weighs sigma; one that is all right or all wrong weighs 0. ValueError
+    for an empty group.
 
     >>> [dynamic_weight([True] * n + [False] * (8 - n)) for n in (0, 1, 4, 8)]
     [0.0, 0.7875, 1.8, 0.0]
@@ -106,16 +120,22 @@ def accuracy_reward(response: str, gold: str) -> float:
 
 
 def extract_answer(response: str) -> str | None:
-    r"""The last complete <answer> block, else an unclosed one, else the last \boxed{}, else None.
+    r"""The last complete <answer> block, else the last \boxed{} outside <think>, else None.
+
+    An answer that was cut is no answer, and a box inside <think> is only a guess, whether or not
+    the thought was closed.
 
     >>> extract_answer("<answer>1</answer> <answer>2</answer>"), extract_answer(r"so \boxed{12}")
     ('2', '12')
+    >>> extract_answer(r"<think>perhaps \boxed{12}") is extract_answer("<answer>1") is None
+    True
     """
-    complete = response.rpartition("</answer>")[0]
-    source = complete if "<answer>" in complete else response
-    if "<answer>" in source:
-        return source.rpartition("<answer>")[2].partition("</answer>")[0]
-    _, boxed, rest = response.rpartition(r"\boxed{")
+    complete = re.findall(r"(?s)<answer>((?:(?!</?answer>).)*)</answer>", response)
+    if complete:
+        return complete[-1]
+    # A </think> that is left over closes a thought that the prompt has opened.
+    outside = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", " ", response).rpartition("</think>")[2]
+    _, boxed, rest = outside.rpartition(r"\boxed{")
     depth = 1
     for end, character in enumerate(rest if boxed else ""):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -126,10 +146,11 @@ def extract_answer(response: str) -> str | None:
 
 # ------------------------------------------------------------------- the checker: tables of tokens
 
-MAX_LENGTH = 400  # a longer answer matches only its own text
-MAX_DEPTH = 50  # operators inside operators
-MAX_BITS = 1000  # of a numerator or a denominator: what a float can hold
-POINTS = 8  # where expressions with letters are compared
+MAX_LENGTH = 400  # characters; a longer answer matches only its own text
+MAX_PARTS = 100  # numbers, letters and brackets of an answer; bounds time and recursion
+MAX_BITS = 1000  # of a numerator or a denominator; a float can hold as many
+POINTS = 8  # at so many points expressions with letters are compared
+_cached = functools.lru_cache(maxsize=4096)
 
 
 def _rows(text):
@@ -138,14 +159,14 @@ def _rows(text):
 
 
 def _rules(text):
-    """[(pattern, replacement)] of lines "pattern → replacement"; ␣ is a space."""
-    rows = [line.strip().replace("␣", " ").split(" →") for line in text.strip().splitlines()]
-    return [(re.compile(pattern), replacement[1:]) for pattern, replacement in rows]
+    """[(pattern, replacement)] of lines "pattern → replacement", in which ␣ is a space."""
+    lines = re.findall("(?m)^    (.+) → ?(.*)$", text.replace("␣", " "))
+    return [(re.compile(pattern), replacement) for pattern, replacement in lines]
 
 
 def _rewrite(text, rules):
-    """The text after all rules, in their order; a plain word or number needs none."""
-    if text.isascii() and text.isalnum():
+    """The text after all rules, one after another. No rule changes a plain number."""
+    if text.isdecimal():
         return text
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
@@ -156,7 +177,7 @@ _SPELLINGS = {  # the token comes first, its other spellings follow
     spelling: token
     for token, *spellings in _rows(r"""
     *  \cdot \times \ast × · ⋅ ∙ ∗
-    /  \div ÷ ⁄ ∕ per
+    /  \div ÷ ⁄ ∕ per 每
     -  − – — ‐ ‑
     ±  \pm
     ∓  \mp
@@ -169,10 +190,10 @@ _SPELLINGS = {  # the token comes first, its other spellings follow
     >  \gt
     ∈  \in
     ∪  \cup
-    ∧  and \wedge \land
-    ∨  or \vee \lor
-    …  to
-    :  &
+    ∧  and \wedge \land 和 且
+    ∨  or \vee \lor 或
+    …  to 到
+    :  & ∶
     ;  \\
     |  \lvert \rvert \vert \mid ∣
     ∞  \infty infinity infty inf oo
@@ -217,16 +238,16 @@ _SPELLINGS = {  # the token comes first, its other spellings follow
     drop ~ \left \right \big \Big \bigg \Bigg \bigl \bigr \displaystyle \textstyle \quad \qquad
     drop \! \, \; \: \limits \overrightarrow \vec \widehat \hat \boxed \fbox \large \Large \small \text \mathrm
     0  zero
-    1  one
-    2  two
-    3  three
-    4  four
-    5  five
-    6  six
-    7  seven
-    8  eight
-    9  nine
-    10 ten
+    1  one 一
+    2  two 二 两
+    3  three 三
+    4  four 四
+    5  five 五
+    6  six 六
+    7  seven 七
+    8  eight 八
+    9  nine 九
+    10 ten 十
     11 eleven
     12 twelve dozen
     """)
@@ -238,6 +259,7 @@ _CONSTANTS = {"π": math.pi, "e": math.e, "∞": math.inf} | {
     1/2 half halves
     1/3 third thirds
     1/4 quarter quarters
+    100 hundred
     1000 thousand
     1000000 million
     1000000000 billion
@@ -332,7 +354,7 @@ _FUNCTIONS = {
     for name in _rows("sin cos tan asin acos atan sinh cosh tanh log log10 exp")[0]
 }
 _RELATIONS = "=≠<>≤≥∈"
-_LISTS = ",;∧∨…:∪([{⟦"
+_LISTS = ",;∧∨…:⏲∪([{⟦"
 _LEVELS = {  # how tightly an operator binds; a product without a sign stands at 6.5
     sign: level
     for level, signs in enumerate(
@@ -341,7 +363,7 @@ _LEVELS = {  # how tightly an operator binds; a product without a sign stands at
     ;
     , ∧ ∨
     = ≠ < > ≤ ≥ ∈
-    : … ∪
+    : ⏲ … ∪
     + -
     * /
     unused
@@ -350,23 +372,61 @@ _LEVELS = {  # how tightly an operator binds; a product without a sign stands at
     )
     for sign in signs
 }
-_CLOSING = {"(": ")]", "[": ")]", "{": r"\}", r"\{": r"\}", "⟦": "⟧", "|": "|"}
-_KNOWN = {  # words that are no products of letters
-    *_SPELLINGS.values(),
-    *_CONSTANTS,
-    *_FUNCTIONS,
-    *_UNITS,
-}
+_CLOSING = dict(  # the brackets that may close what one opens
+    _rows(r"""
+    (  )]
+    [  )]
+    {  \}
+    \{ \}
+    ⟦  ⟧
+    |  |
+    """)
+)
+_WORDS = {*_SPELLINGS, *_UNITS}
+_KNOWN = {*_WORDS, *_SPELLINGS.values(), *_CONSTANTS, *_FUNCTIONS}  # not products of letters
 
 
 _RULES = _rules(  # spellings that concern more than one token
     r"""
+    、 → ,
+    (?<=[A-H]) ?[&;与和] ?(?=[A-H]\b) → ,
+    ^([A-H]) ([A-H])$ → \1,\2
+    (?<=\([A-Ha-h]\)) ?(?=\([A-H]\)) → ,
+    ([0-9]+|[一二两三四五六七八九十])分之([0-9]+|[一二三四五六七八九十]) → \2/\1
+    (?<=[0-9]) ?比 ?(?=[0-9]) → :
+    百分之 ?([0-9.]+) → \1%
+    根号 → √
+    (?<=[0-9一二两三四五六七八九十])(?:个|只|条|名|人|本|支|颗|棵|辆|块|张|件|种|次|位|头)(?!半|多|月|小时)[\u4e00-\u9fff]*$ → ␣units
+    (?<=[米升克])[长宽高深]$|^[长宽高深](?=[0-9]) →
+    毫米 → ␣mm␣
+    厘米|公分 → ␣cm␣
+    分米 → ␣dm␣
+    千米|公里 → ␣km␣
+    米 → ␣m␣
+    毫克 → ␣mg␣
+    千克|公斤 → ␣kg␣
+    克 → ␣g␣
+    毫升 → ␣mL␣
+    升 → ␣L␣
+    个?小时|(?<=/)时 → ␣hours␣
+    分钟 → ␣minutes␣
+    秒 → ␣seconds␣
+    天 → ␣days␣
+    个月 → ␣months␣
+    岁 → ␣years␣
+    元 → ␣yuan␣
+    摄氏度 → ␣degC␣
+    度 → °
+    平方 * → ␣square␣
+    立方 * → ␣cubic␣
+    (?<=[0-9]) ?[xX] ?(?=[0-9]) → *
     (?<=[0-9])(?:\{,\}|,\\!|\\,|\\!) *(?=[0-9][0-9][0-9]) →
     (?<=[0-9]) ?A\.?M\b\.?|(?<=[0-9]) a\.?m\b\.?|(?<=:[0-9][0-9])am\b → :AM
     (?<=[0-9]) ?P\.?M\b\.?|(?<=[0-9]) p\.?m\b\.?|(?<=:[0-9][0-9])pm\b → :PM
     (?<=[0-9])h ?(?=[0-9]) → ␣hours␣
     \bUS\$ → $
     \b([A-Za-z])\(([0-9]+)\) ?= → \1_\2=
+    (?<![0-9:.])([01]?[0-9]|2[0-4]):([0-5][0-9])(?![0-9.:]) → \1⏲\2
     ′ → '
     \^ ?\{? ?(?:\\circ|°|∘|\\degree|o\b) ?\}? → °
     (?:°|\bdegrees?) *(?=[CF]\b|[Cc]els|[Ff]ahr)([CcFf])[a-z]* → ␣deg\1
@@ -374,6 +434,7 @@ _RULES = _rules(  # spellings that concern more than one token
     \bcu(?:bic)?\.? ([a-z]+) → \1^3
     ␣squared\b → ^2
     ␣cubed\b → ^3
+    (?<![A-Za-z\\_])([cdkm]?m|ft|in|yd|mi|s|units?)([23])(?![\w.^]) → \1^\2
     ([$€£¥₹]) ?([0-9.,]+) → \2 \1
     \\\\(?=(?:frac|[dtc]frac|left|right|pi|sqrt|leq?|geq?|text|cup|infty)\b) → \\
     (?:\\log|log) ?_ ?\{? ?([0-9a-z]+) ?\}? → \\frac{1}{\\ln{\1}}\\ln␣
@@ -386,8 +447,9 @@ _RULES = _rules(  # spellings that concern more than one token
     \\?\bcsc\b → ␣power{-1}sin␣
     \\?\b(sin|cos|tan|log|ln) ?\^ ?\{? ?([0-9a-z]) ?\}? → ␣power{\2}\1␣
     \b(sin|cos|tan|log|ln)(?=[a-z]\b) → \1␣
-    \\sqrt ?\[ ?([0-9a-z]+) ?\] → ␣root{\1}
-    \\sqrt(?![a-z])|\bsqrt|√ → ␣root{2}
+    \\?(?<![A-Za-z])sqrt ?\[ ?([0-9a-z]+) ?\] → ␣root{\1}
+    \b(?:the )?cube root of |(?<![A-Za-z])cbrt|∛ → ␣root{3}
+    \\sqrt(?![a-z])|(?<![A-Za-z][A-Za-z])(?<!\\)(?i:sqrt)|√|\\surd|\b(?:the )?square root of |(?:^| )root (?=[0-9]) → ␣root{2}
     \\[dtc]?frac ?([0-9]) ?([0-9]) → \\frac{\1}{\2}
     \\[dtc]?frac ?([0-9])(?=[{\\]) → \\frac{\1}
     (?<![\w.^])([0-9]+) ?\\[dtc]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\} → (\1+\2/\3)
@@ -404,6 +466,7 @@ _RULES = _rules(  # spellings that concern more than one token
     \bmph\b → mi/h
     \} ?\\f?boxed → },
     [,;] ?(and|or)\b → ␣\1
+    (?:\\cup|∪) ?(?=[a-z] ?(?:[<>≤≥]|\\[gl])) → ␣or␣
 """
 )
 _TOKEN = re.compile(
@@ -426,18 +489,17 @@ def _tokens(text):
     tokens = []
     for raw in _TOKEN.findall(_rewrite(text, _RULES)):
         stem, line, index = raw.partition("_")
-        word = stem.lower()
-        if len(stem) > 1 and stem not in _UNITS and (word in _SPELLINGS or word in _UNITS):
-            stem = word  # Three, Meters
-        token = _SPELLINGS.get(raw.partition("_")[0]) or _SPELLINGS.get(stem, stem)
-        if raw == token and raw.islower() and len(raw) < 4 and raw.isalpha() and raw not in _KNOWN:
+        if len(stem) > 1 and stem not in _WORDS and stem.lower() in _WORDS:
+            stem = stem.lower()  # Three, Meters
+        token = _SPELLINGS.get(stem, stem)
+        if raw == token and raw not in _KNOWN and re.fullmatch("[a-z]{2,3}", raw):
             tokens += raw
         elif token != "drop":
             tokens.append(token + line + index)
     return _rewrite(" ".join(tokens), _TOKEN_RULES).split()
 
 
-_NAME = re.compile(r"[∅∠△]|(?:[^\W\d_]|[A-Z]+)(?:_|'|$)")
+_NAME = re.compile(r"[∅∠△]|(?:[^\W\d_\u3000-\uffff]|[A-Z]+)(?:_|'|$)")
 
 
 class _Parser(list):
@@ -459,7 +521,7 @@ class _Parser(list):
     def __init__(self, tokens):
         super().__init__(["", *reversed(tokens)])  # a stack: the next token is the last
         self.open = [""]
-        self.depth = 0
+        self.parts = 0
 
     def level(self):
         """How tightly the next token binds to what stands before it."""
@@ -474,13 +536,12 @@ class _Parser(list):
 
     def parse(self, limit=0):
         """The longest tree whose operators bind tighter than the limit."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError("too deep")
+        self.parts += 1
+        if self.parts > MAX_PARTS:
+            raise ValueError("too long")
         tree = self.prefix(limit)
         while self.level() > limit:
             tree = self.infix(tree, self.level())
-        self.depth -= 1
         return tree
 
     def infix(self, left, level):
@@ -497,7 +558,7 @@ class _Parser(list):
     def is_unit(self, left):
         """Whether the next token is a unit: 5 V, but neither 5 V x nor 2\\pi h."""
         token, following = self[-1], self[-2:][0]
-        if token not in _UNITS or _leaves(left, "letter") and token.isalpha():
+        if token not in _UNITS or token.isalpha() and _leaves(left, "letter"):
             return False
         if len(token) > 1 or not token.isalpha() or _leaves(left, "unit"):
             return True
@@ -528,8 +589,8 @@ class _Parser(list):
         self.open.append(opening)
         tree = self.parse(3 if opening == "|" else 0)
         self.open.pop()
-        closing = self.pop()[-1:]
-        if not closing or closing not in _CLOSING[opening]:
+        closing = self.pop()[-1:] or "the end"
+        if closing not in _CLOSING[opening]:
             raise ValueError("brackets that do not fit")
         kind = opening[-1] + closing
         if _LEVELS.get(tree[0], 9) < 3:
@@ -553,6 +614,7 @@ def _parts(tree):
     return [part for part in tree[1:] if isinstance(part, tuple)]
 
 
+@_cached
 def _leaves(tree, *kinds):
     """What the leaves of some kinds say: letters or units."""
     if tree[0] in kinds:
@@ -560,7 +622,7 @@ def _leaves(tree, *kinds):
     return set().union(*[_leaves(part, *kinds) for part in _parts(tree)])
 
 
-@functools.lru_cache(maxsize=4096)
+@_cached
 def _letter(name, point):
     """The value of a letter at a point, drawn for each letter alone; some are negative."""
     draw = random.Random(f"{name} {point}")
@@ -568,12 +630,14 @@ def _letter(name, point):
 
 
 def _bits(value):
-    """The size of a fraction, to be asked before it grows without bound."""
+    """The size of a number, to be asked before it grows without bound."""
+    if not isinstance(value, Fraction):
+        return 0 if math.isfinite(value) else math.inf  # TypeError if it is complex
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def _power(base, exponent):
-    if isinstance(base, Fraction) and _bits(base) * abs(exponent) > MAX_BITS:
+    if _bits(base) * abs(exponent) > MAX_BITS:
         raise ValueError("too large")
     return base**exponent
 
@@ -620,11 +684,7 @@ def _value(tree, point, with_units):
         return factor if base == "1" else factor * _letter(base, point)
     compute = _OPERATORS[head]
     result = compute(*[_value(part, point, with_units) for part in parts])
-    if isinstance(result, Fraction):
-        bounded = _bits(result) <= MAX_BITS
-    else:
-        bounded = math.isfinite(result) or head == "negative"  # TypeError if it is complex
-    if not bounded:
+    if _bits(result) > MAX_BITS and head != "negative":  # which is no larger
         raise ValueError("too large")
     return result
 
@@ -639,12 +699,11 @@ def _at(tree, point=0, with_units=True):
 
 def _agree(a, b, with_units=True):
     """The same value, or the same values at several points."""
-    varies = _leaves(("pair", a, b), "letter", "unit")
-    points = range(POINTS if varies else 1)
+    points = range(POINTS if _leaves(("pair", a, b), "letter", "unit") else 1)
     shared = 0
     for point in points:
         x, y = _at(a, point, with_units), _at(b, point, with_units)
-        if x is not None and y is not None:
+        if None not in (x, y):
             if not _same_number(x, y, _decimal(a), _decimal(b)):
                 return False
             shared += 1
@@ -681,37 +740,48 @@ def _same(a, b):
         return True
     if a[0][0] in _RELATIONS or b[0][0] in _RELATIONS:
         return _same_relation(a, b)
-    if a[0][0] in _LISTS and b[0][0] in _LISTS:
+    if ":" in (a[0], b[0]):
+        return _same_ratio(a, b)
+    # The name AC may be the options A and C. BA is not: its order may count.
+    if b[0] in ",∧{}" and a[0] == "letter":
+        a, b = b, a
+    if a[0] in ",∧{}" and b[0] == "letter" and re.fullmatch("A?B?C?D?E?F?G?H?", b[1]):
+        b = (",", *[("letter", option) for option in b[1]])
+    if b[0][0] in _LISTS:
         return _same_list(a, b)
     if _agree(a, b):
         return True
     if "+" in (a[0], b[0]) or _leaves(a, "unit") and _leaves(b, "unit"):
         return False
-    lettered = _leaves(("pair", a, b), "letter")
-    return not lettered and _agree(a, b, with_units=False)  # one side leaves out the unit
+    # One side may leave out the unit, but nothing else.
+    return not _leaves(("pair", a, b), "letter") and _agree(a, b, with_units=False)
+
+
+def _same_ratio(a, b):
+    """Whether the parts have the same shares. A fraction is a ratio of two; a number is none."""
+    if len(a) != len(b) or not {a[0], b[0]} <= {*":⏲/", "frac"}:
+        return False
+    return all(_agree(("/", x, a[1]), ("/", y, b[1])) for x, y in zip(a[1:], b[1:]))
 
 
 def _same_list(a, b):
     """Sets and bare lists in any order; a bare list may stand for a tuple or a set."""
     kinds = {a[0], b[0]}
     brackets = kinds - {*",;∧∨"}
-    if len(brackets) > 1 or len(kinds) > 1 and not brackets <= {"()", "{}"}:
+    if len(brackets) > 1 or len(kinds) > 1 and not brackets <= {"()", "{}", "∪"}:
         return False
-    if kinds == {*"∧∨"} and b[1][0][0] in "<≤≠≥>":
+    if "∧" in kinds and ("∪" in kinds or "∨" in kinds and b[1][0][0] in "<≤≠≥>"):
         return False
     names_a, values_a = zip(*map(_solved, a[1:]))
     names_b, values_b = zip(*map(_solved, b[1:]))
-    ordered = not brackets <= {"{}", "∪"}
-    if any(names_a) and any(names_b):
-        return _same_items(a[1:], b[1:], ordered)
-    several = len({*names_a, *names_b} - {None}) > 1  # 3, 4 for x = 3, y = 4
-    return _same_items(values_a, values_b, ordered or several)
-
-
-def _same_items(a, b, ordered):
-    if not ordered:
-        a, b = sorted(a, key=_sort_key), sorted(b, key=_sort_key)
-    return len(a) == len(b) and all(map(_same, a, b))
+    named = any(names_a) and any(names_b)
+    items_a, items_b = (a[1:], b[1:]) if named else (values_a, values_b)
+    several = len({*names_a, *names_b} - {None}) > 1  # then 3, 4 is x = 3, y = 4 in this order
+    if several and "∨" in kinds:
+        return False
+    if brackets <= {"{}", "∪"} and (named or not several):
+        items_a, items_b = sorted(items_a, key=_sort_key), sorted(items_b, key=_sort_key)
+    return len(items_a) == len(items_b) and all(map(_same, items_a, items_b))
 
 
 def _sort_key(tree):
@@ -724,18 +794,29 @@ def _sort_key(tree):
 
 def _is_name(tree):
     r"""Whether it may stand for a value: x, AB, f(x), |AB|, \angle A, (x, y), A:B, no number."""
-    if tree[0] in ("*", "/", "frac", "||", ":", "()"):
+    if tree[0] in {*"*/:", "frac", "||", "()"}:
         return all(map(_is_name, tree[1:]))
     return tree[0] == "letter"
 
 
 _MIRROR = str.maketrans("<>≤≥", "><≥≤")
-_INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+_INTERVALS = dict(
+    _rows("""
+    << ()
+    <≤ (]
+    ≤< [)
+    ≤≤ []
+    """)
+)
 _INFINITE = ("number", math.inf, 0)
 
 
-def _solved(tree):
-    """(name, value) of x = 5, 5 = x, x > 5, 180 - 45 = 135; (None, tree) of anything else."""
+def _solved(tree, lenient=False):
+    """(name, value) of x = 5, 5 = x, x > 5, 180 - 45 = 135; (None, tree) of anything else.
+
+    All sides without letters must have one value. An answer is read leniently: it may also name
+    its value by a term, as in A + B = 90 or in a^2 + b^2 = 9 + 16 = 25, but not in 2x = 10.
+    """
     signs, *sides = tree
     if signs[0] not in _RELATIONS:
         return None, tree
@@ -744,26 +825,29 @@ def _solved(tree):
     relation = signs, *sides
     if not signs.strip("="):
         sides.sort(key=_is_name, reverse=True)
-        name = sides.pop(0) if _is_name(sides[0]) else None
-        lettered = not name and _leaves(sides[0], "letter")
-        if not lettered and all(_same(sides[0], side) for side in sides):
-            return name, sides[0]
+        values = [side for side in sides if not _leaves(side, "letter")] or sides[1:]
+        names = [side for side in sides if side not in values]
+        clear = all(map(_is_name, names))
+        if lenient:
+            clear = values[1:] or not all(_leaves(name, "number") for name in names)
+        if clear and all(_same(values[0], value) for value in values):
+            return (names or [None])[0], values[0]
     elif _is_name(sides[0]):
         if signs == "∈":
             return sides
         signs, sides = "<" + signs, [("negative", _INFINITE), *sides]
     elif len(sides) == 2:
         signs, sides = signs + "<", [*sides, _INFINITE]
-    if signs in _INTERVALS and _is_name(sides[1]):
+    if signs in _INTERVALS and _is_name(sides[1]) and sides[1][0] != "||":
         return sides[1], (_INTERVALS[signs], sides[0], sides[2])
     return None, relation
 
 
 def _same_relation(a, b):
     """Equations and inequalities; one that is solved may stand for the value."""
-    (name_a, value_a), (name_b, value_b) = _solved(a), _solved(b)
-    solved = value_a[0][0] not in _RELATIONS and value_b[0][0] not in _RELATIONS
-    if solved and (name_a == name_b or not name_a or not name_b):
+    (name_a, value_a), (name_b, value_b) = _solved(a, lenient=True), _solved(b)
+    solved = not {value_a[0][0], value_b[0][0]} & {*_RELATIONS}
+    if solved and (name_a == name_b or None in (name_a, name_b)):
         return _same(value_a, value_b)
     # The same curve: left minus right differs by a constant factor, and is no constant itself.
     left, right = ("-", *a[1:]), ("-", *b[1:])
@@ -771,31 +855,47 @@ def _same_relation(a, b):
     if not x or not y or _agree(left, ("number", x, 0)):
         return False
     sign = a[0] if x / y > 0 else a[0].translate(_MIRROR)
-    scaled = ("*", left, ("number", y, 0)), ("*", right, ("number", x, 0))
-    return sign == b[0] and _agree(*scaled)
+    return sign == b[0] and _agree(("/", left, right), ("number", x / y, 0))
 
 
 # ------------------------------------------------------------------------------------ the answers
 
 _WRAPPERS = _rules(  # what is taken off before anything is read, in this order
     r"""
+    [‘’] → '
+    [“”] → "
+    [【「『《«‹]([A-Za-z])[】」』》»›] → (\1)
+    (?i)<(b|strong|i|em|u|p|span|mark|code|font|big|div|center|li|option|h[1-6])(?: [^<>]*)?>(?=.*</\1>) → ␣
+    (?i)</(?:b|strong|i|em|u|p|span|mark|code|font|big|div|center|li|option|h[1-6])>|<br ?/?> → ␣
     \\\$ → ＄
     \$([^$]*)\$ → ␣\1␣
     (?<!\\)\\␣ → ␣
     [¼-¾⅐-⅞] → ␣\g<0>
     [⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+ → ^{\g<0>}
     [₀₁₂₃₄₅₆₇₈₉]+ → _\g<0>
+    (?<![0-9a-z)])\*\*([^*]+)\*\*(?![0-9a-z(]) → ␣\1␣
     (?<!\\)\\[()\[\]]|^\*\*|\*\*(?=\D)|\*\*$|` → ␣
     \\(?:text|mbox|math|operatorname|underline|emph)[a-z]* ?\{([^{}]*)\} → ␣\1␣
     \\text[a-z]* ?\{([^{}]*)\} → ␣\1␣
+    ^(?:Both|both)␣ →
+    (?<=[A-H)]) are (?:both |all )?(?:correct|right|true)\.?$ →
+    ^[-*•·] (?=\(?[A-H]\)?(?:,| and )) →
     ^␣+|[ ,;\\]+$ →
     ^\\f?boxed ?\{((?!.*boxed).*)\}\.?$ → \1
     ^(["'*_]) ?(.+)\1$ → \2
+    ^([-$\\]*[0-9][^ ]*(?: [a-z0-9^]+){0,2}) (?:is|are) (?:the|in the|on the) (?!.*\b(?:not|wrong)\b)[A-Za-z ]+\.?$ → \1
+    ^[A-Za-z][a-z]{2,}[A-Za-z ]* ?= ?(?=[^=]+=)(?!.*(?<!\\)\b[a-z]{3}) → △␣=␣
     (?<!\.)[.。]$ →
-    (?i)^ *(?:so|thus|therefore|hence|∴),?␣+ →
+    (?i)^ *(?:so|thus|therefore|hence|∴|=>|⇒|→),?␣+ →
+    ^(?:(?:【答案】|因此|所以|综上所述|综上|本题|我|故|正确|答案|选项|选择|应该|应|选|答)[是为,，:： ]*)+(?=.) →
+    ^(?:一共|共有|共|有|大约|约|等于)(?=[0-9一二两三四五六七八九十]) →
+    ^([A-Za-z]) ?(?:选项|项)?(?:是?正确(?:的|答案)?)?$ → \1
     (?i)^ *(?:approximately|about|around|≈|=|\\approx) *(?=[^a-z]) →
-    (?i)^ *(?:the |my )?(?:correct |final )?(?:answer|option|choice)(?: is|:| =)? *:? *(?:option |choice )?(?=.) →
+    (?i)^ *(?:the |my )?(?:correct |final )?(?:answer|option|choice)s?(?: is| are|:| =)? *:? *(?:option |choice )?(?=.) →
+    (?i)^ *(?:thus|therefore),?␣+ →
     ^(["'*_]) ?(.+)\1\.?$ → \2
+    ␣␣+ → ␣
+    ^␣|␣$ →
 """
 )
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[, ][0-9][0-9][0-9])+(?![0-9,])")
@@ -807,30 +907,73 @@ def _clean(answer):
     if len(text) > MAX_LENGTH:
         return text
     text = unicodedata.normalize("NFKC", _rewrite(text, _WRAPPERS))
-    text = " ".join(text.split())
     if text[:1] in "([{\\":
         return text
     return _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
 
 
-_CHOICE = re.compile(
-    r"[(\[{]? ?([A-Za-z]) ?(?:[)\]}.:、]+|$| - | (?=because |since |as |is correct)|[,;](?! ?[A-Za-z]\b))"
+_CHOICE = re.compile(  # the letter, what parts it from its text, and the text
+    r"(?:[-*+•·●▪◦‣–—>#=→⇒✓✔✅]+ )?[(\[{]? ?([A-Za-z]) ?"
+    r"(?:[)\]}.:、。]+|$| - | (?=because |since |as |is correct)|[,;](?! ?[A-Za-z]\b)) ?(.*)"
 )
 _OTHER_CHOICE = re.compile(
-    r"^ ?(?:or|and|/|&)|^\W*[A-Z]\W*$|(?<![^\s,;])(?:[A-Z][.):](?=\s|$)|\([A-Z]\))"
+    r"^ ?(?:or|and|/|&)|^\W*[A-Z]\W*$|(?<![^\s,;])(?:[A-Z][.):](?=\s|$)|\([A-Za-z]\))"
     r"|\b(?i:or|no|not|wait|actually|maybe|perhaps|possibly|rather|instead),? (?:option )?[A-Z]\b"
 )
 
 
 def _choice(answer):
-    """The letter of a choice: alone, in delimiters or before its text; None if unclear."""
+    """(letter, text) of a choice: alone, in delimiters or before its text; "" if it is unclear."""
     match = _CHOICE.match(answer)
-    if not match or _OTHER_CHOICE.search(answer[match.end() :]):
-        return None
-    return match[1].upper()
+    if not match or _OTHER_CHOICE.search(match[2]):
+        return "", answer
+    return match[1].upper(), match[2]
 
 
-@functools.lru_cache(maxsize=1024)
+# A statement is a link such as "The area is about", "Perimeter:" or "There are a total of", and then
+# its value. Words of doubt before or behind the value spoil it. 400 is MAX_LENGTH.
+_LINK = re.compile(
+    r"(?!.{400})(?:[^0-9<>≤≥≠?!;]+?(?:\b(?:is|are|was|were|be|equals?|has|have|had|gives|gets?|got"
+    r"|costs|measures|contains|takes?|took|needs|weighs|shows|reads|makes|totals|becomes|paid|pays"
+    r"|found|see|count(?:ed)?|(?:amounts|comes|adds up) to)\b|'s(?= ?[-\\$0-9])|是|为|等于|有)"
+    r"|(?=[^0-9<>≤≥≠?!;=≈:]*?[a-z]{3})[^0-9<>≤≥≠?!;]+?(?:[=≈]|: ))"
+    r"(?: ?(?:about|approximately|around|roughly|exactly|only|just|equal to|now|then|thus|therefore"
+    r"|also|an? (?:total|sum|value|area|volume|perimeter|length|width|height|radius|diameter) of"
+    r"|:|约))* *"
+)
+_DOUBT = re.compile(
+    r"(?i)\b(?:not?|none|never|neither|nor|nobody|nothing|cannot|can|could|may|might|maybe|perhaps"
+    r"|possibly|either|or|but|without|except|if|unless|when|where|until|since|because|let|given"
+    r"|say|said|thought|supposed?|assumed?|expected|claimed|believed|guess|what|how|wrong|incorrect"
+    r"|false|error|than|minus|plus|zero|below|at (?:most|least)|half|twice|double|triple|third"
+    r"|quarter|two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|million|squared"
+    r"|cubed|(?:minimum|maximum|larger|smaller|bigger|greater|longer|shorter|higher|lower)$)\b"
+    r"|n't|^of the|times\b|[不没非无或若错倍]|可能|如果"
+)
+_PLAIN = re.compile(r"(?:(?:[A-Za-z]{2,}|a)(?: |$))+")  # words, such as those behind a value
+_MEASURES = {*_KNOWN, "cubic"} - {"in", "times"}  # words that belong to the value itself
+
+
+def _stated(answer):
+    """The value of a statement: 12 cm of "The area is 12 cm wide"; nothing if there is a doubt.
+
+    First comes all that follows the link, then, if the rest is mere words, the value without it.
+    """
+    value = answer
+    while link := _LINK.match(value):
+        if _DOUBT.search(link[0]):
+            return
+        value = value[link.end() :]
+    if value != answer:
+        yield value
+        words = value.split(" ")
+        head = list(itertools.takewhile(lambda w: w in _MEASURES or not _PLAIN.match(w), words))
+        rest = " ".join(words[len(head) :])
+        if _PLAIN.fullmatch(rest) and not _DOUBT.search(rest):
+            yield " ".join(head)
+
+
+@_cached
 def _parse(text):
     """The tree of an answer, None if it is not of the language."""
     if re.fullmatch("[A-Za-z][a-z]+", text) and text.lower() not in _SPELLINGS:
@@ -844,11 +987,18 @@ def _parse(text):
 
 
 def _text(text):
-    bare = re.sub("^(?:an?|the) |(?<=[a-z])[ .,;:!?]+$", "", text.casefold())
-    return " ".join(_tokens(bare))
+    """The words of an answer without case, its first article and its last punctuation."""
+    return " ".join(_tokens(re.sub("^(?:an?|the) |(?<=[a-z])[ .,;:!?]+$", "", text.casefold())))
 
 
-_OPPOSITES = {"yes": "no|not", "no": "yes", "true": "false|not", "false": "true"}
+_OPPOSITES = dict(
+    _rows("""
+    yes   no|not
+    no    yes
+    true  false|not
+    false true
+    """)
+)
 
 
 def answers_match(prediction: str, gold: str) -> bool:
@@ -863,15 +1013,34 @@ def answers_match(prediction: str, gold: str) -> bool:
     prediction, gold = _clean(prediction), _clean(gold)
     if re.fullmatch(r"(?i)n/a|nan|null|[^\w∅∞]*", gold):
         return False
-    letter = re.fullmatch(r"[(\[{]? ?([A-Z]) ?[)\]}.:]?", gold)
-    if letter:
-        return _choice(prediction) == letter[1]
+    return any(_match(reading, gold) for reading in (prediction, *_stated(prediction)))
+
+
+_LETTER = re.compile(r"[(\[{]? ?([A-Z](?= ?[)\]}.:]?$)|[a-h](?=\)$)) ?\W?")
+_OPTION = re.compile(  # "B. 12 cm", but neither "A: 5, B: 3" nor "D. C."
+    r"\(?([A-H](?=[.)、]|: )|[a-h](?=\) ))[.):、] ?(?!\W*[A-Z]\W*$)"
+    r"(?!(?:.*[\s,;])?(?:[A-Z][.):](?:\s|$)|\([A-Z]\)))(?=[\w\\$-])(.+)"
+)
+_REASON = re.compile(r"$|because |since |as |is correct")  # behind a letter, instead of its text
+
+
+def _match(prediction, gold):
+    """Whether two cleaned answers are the same."""
+    letter, text = _choice(prediction)
+    gold_letter = _LETTER.fullmatch(gold)
+    if gold_letter:
+        return letter == gold_letter[1].upper()
     if prediction == gold or max(len(prediction), len(gold)) > MAX_LENGTH:
         return prediction == gold
+    option = _OPTION.fullmatch(gold)
+    if option and letter in ("", option[1].upper()):
+        return bool(letter and _REASON.match(text)) or _match(text, option[2])
     opposite = _OPPOSITES.get(gold.lower())
     if opposite:
         verdict = rf"(?i){gold}(?![^,.;:!])(?!.*\b(?:or|maybe|perhaps|{opposite})\b)"
         return bool(re.match(verdict, prediction))
+    if ":" in gold:
+        prediction = prediction.replace(" to ", ":")  # 2 to 3, but 2-3 is a range
     tree, gold_tree = _parse(prediction), _parse(gold)
     if tree and gold_tree:
         return _same(tree, gold_tree)
