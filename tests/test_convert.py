@@ -31,56 +31,70 @@ BLUE = encoded("JPEG", (0, 0, 255), (8, 5))
 GREEN = encoded(color=(0, 255, 0), size=(3, 3))
 RED64 = base64.b64encode(RED).decode()
 PICTURE = {"bytes": RED, "path": "red.png"}
-ROW = {"images": ["pictures/red.png"], "question": "How many?", "answer": "3"}
+PICTURES = ["pictures/red.png"]
+ROW = {"images": PICTURES, "question": "How many?", "answer": "3"}
+
+
+class Lab:
+    """An empty folder with pictures, in which rows are saved and converted."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+        Path("pictures").mkdir()
+        for name in ("red.png", "two.png", "two.jpg"):
+            Path("pictures", name).write_bytes(RED)
+
+    def save(self, rows, name):
+        file = Path(name)
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif name.endswith(".json"):
+            file.write_text(json.dumps(rows))
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    def run(self, source, *options, name="data.jsonl", output="out.parquet"):
+        """What was printed, with the error, and the rows written (None without a file)."""
+        if isinstance(source, list | dict):
+            source = self.save(source, name)
+        output = Path(output)
+        output.unlink(missing_ok=True)
+        error = ""
+        try:
+            convert.main([str(source), str(output), *map(str, options)])
+        except SystemExit as stop:
+            error = str(stop)
+        assert not output.with_name(output.name + ".part").exists()
+        rows = pyarrow.parquet.read_table(output).to_pylist() if output.exists() else None
+        assert bool(error) == (rows is None)
+        return self.capsys.readouterr().out + error, rows
+
+    def one(self, row, *options):
+        """Question, answer and pictures of a row that can be used."""
+        text, rows = self.run([row], *options)
+        assert rows, text
+        return rows[0]["question"], rows[0]["answer"], pictures_of(rows[0])
+
+    def refusal(self, row, *options):
+        text = self.run([row], *options)[0]
+        assert "row 0 cannot be used" in text
+        assert "nothing is written" in text
+        return text
 
 
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for name, data in (("red.png", RED), ("blue.jpg", BLUE), ("a [1] é.png", GREEN)):
-        (tmp_path / "pictures" / name).write_bytes(data)
-    return tmp_path
+def lab(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Lab(capsys)
 
 
-def save(folder, rows, name="data.jsonl"):
-    file = folder / name
-    if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    elif name.endswith(".json"):
-        file.write_text(json.dumps(rows))
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+def pictures_of(row):
+    return [image["bytes"] for image in row["images"]]
 
 
-def run(capsys, source, *options, output=None):
-    """What was printed, with the error, and the rows written (None without a file)."""
-    output = output or Path(source).parent / "out.parquet"
-    output.unlink(missing_ok=True)
-    error = ""
-    try:
-        convert.main([str(source), str(output), *map(str, options)])
-    except SystemExit as stop:
-        error = str(stop)
-    assert not output.with_name(output.name + ".part").exists()
-    rows = pyarrow.parquet.read_table(output).to_pylist() if output.exists() else None
-    assert bool(error) == (rows is None)
-    return capsys.readouterr().out + error, rows
-
-
-def one(capsys, folder, row, *options, name="data.jsonl"):
-    """Question, answer and pictures of a row that can be used."""
-    text, rows = run(capsys, save(folder, [row], name), *options)
-    assert rows is not None, text
-    return rows[0]["question"], rows[0]["answer"], [image["bytes"] for image in rows[0]["images"]]
-
-
-def refusal(capsys, folder, row, *options):
-    text, rows = run(capsys, save(folder, [row]), *options)
-    assert rows is None
-    assert "row 0 cannot be used" in text
-    assert "nothing is written" in text
-    return text
+def answers_of(rows):
+    return [row["answer"] for row in rows]
 
 
 # ----------------------------------------------------------------------------------- known data sets
@@ -92,7 +106,7 @@ SCEMQA = "Question,Answer (final answer highlighted),ImagePath"
 MMMU = "id,question,options,explanation,img_type,answer,topic_difficulty,question_type,subfield,"
 MMMU += ",".join(f"image_{n}" for n in range(1, 8))
 NO_PICTURES = dict.fromkeys(f"image_{n}" for n in range(1, 8))
-CHOICES = "<image>\nHint: give the letter.\nChoices:\n(A) 10 cm\n(B) 12 cm"
+CHOICES = "<image>\nHint: give the letter.\nChoices:\n(A) B\n(B) A"
 LLAVA = [{"from": "human", "value": CHOICES}, {"from": "gpt", "value": "The answer is B."}]
 KNOWN = {
     "MathVision": (
@@ -106,8 +120,8 @@ KNOWN = {
         ("x", "<image>picture 1 to picture 2", "7", "x"),
     ),
     "We-Math": (
-        "ID,split,knowledge concept,question,option,answer,image_path,key,question number,"
-        "knowledge concept description",
+        ("ID,split,knowledge concept,question,option,answer,image_path,key,question number,"
+        "knowledge concept description"),
         {"image_path": PICTURE, "option": "A. 3 B．12 cm ;C. No answer", "answer": "B", "question number": 9},
         ("9", "x\n(A) 3\n(B) 12 cm\n(C) No answer", "B", "x"),
     ),
@@ -132,15 +146,15 @@ KNOWN = {
         ("x", CHOICES, "B", ""),
     ),
     "MathVista": (
-        "pid,question,image,decoded_image,choices,unit,precision,answer,question_type,answer_type,"
-        "metadata,query",
-        {"decoded_image": PICTURE, "choices": ["10 cm", "12 cm"], "answer": "12 cm", "query": CHOICES,
+        ("pid,question,image,decoded_image,choices,unit,precision,answer,question_type,answer_type,"
+        "metadata,query"),
+        {"decoded_image": PICTURE, "choices": ["B", "A"], "answer": "A", "query": CHOICES,
          "metadata": {"category": "vqa"}},
         ("x", CHOICES, "B", "vqa"),
     ),
     "MathVerse": (
-        "sample_index,problem_index,problem_version,question,image,answer,question_type,metadata,"
-        "query_wo,query_cot,question_for_eval",
+        ("sample_index,problem_index,problem_version,question,image,answer,question_type,metadata,"
+        "query_wo,query_cot,question_for_eval"),
         {"image": PICTURE, "metadata": {"subject": "Plane"}, "query_cot": "First reason.", "answer": "A"},
         ("x", "First reason.", "A", "Plane"),
     ),
@@ -170,44 +184,38 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_data_sets(folder, capsys, name):
+def test_known_data_sets(lab, name):
     columns, cells, expected = KNOWN[name]
     row = dict.fromkeys(columns.split(","), "x") | cells
     if name.startswith("SceMQA"):  # two subjects in one file; picture paths without an ending
         parts = {"Math": [row | {"ImagePath": "pictures/red"}], "Physics": []}
-        text, rows = run(capsys, save(folder, parts, "data.json"), "--subset", "all")
+        text, rows = lab.run(parts, "--subset", "all", name="data.json")
     else:
-        text, rows = run(capsys, save(folder, [row], "data.parquet"))
+        text, rows = lab.run([row], name="data.parquet")
     assert rows, text
     assert text.startswith(name.partition(",")[0])
     pictures = [BLUE, RED, GREEN] if name == "MMMU" else [RED]
-    assert [image["bytes"] for image in rows[0]["images"]] == pictures
+    assert pictures_of(rows[0]) == pictures
     assert tuple(rows[0][key] for key in ("id", "question", "answer", "category")) == expected
 
 
-def test_the_output_is_the_format_of_the_script_and_passes_through_unchanged(folder, capsys):
-    rows = [ROW | {"id": "a", "category": "k"}, ROW | {"images": [], "answer": "\\boxed{4}"}]
-    text, out = run(capsys, save(folder, rows))
-    output = folder / "out.parquet"
-    assert (
-        f"train --model Qwen/Qwen2.5-VL-3B-Instruct --data {output} --output_dir runs/out" in text
-    )
-    assert "2 problems with 1 pictures" in text
-    data = datasets.Dataset.from_parquet(str(output), cache_dir=str(folder / "cache"))
+def test_the_output_is_the_format_of_the_script_and_passes_through_unchanged(lab):
+    text, rows = lab.run([ROW | {"id": "a"}, ROW | {"images": []}])
+    command = "train --model Qwen/Qwen2.5-VL-3B-Instruct --data out.parquet --output_dir runs/out"
+    assert command in text
+    data = datasets.Dataset.from_parquet("out.parquet", cache_dir="cache")
+    assert data.column_names == ["images", "question", "answer", "id", "category"]
     assert isinstance(data.features["images"].feature, datasets.Image)
     assert data[0]["images"][0].size == (6, 4)
-    assert data.column_names == ["images", "question", "answer", "id", "category"]
-    text, again = run(capsys, output, output=folder / "again.parquet")
-    assert again == out
-    assert "golds made" not in text
+    assert lab.run("out.parquet", output="again.parquet")[1] == rows
 
 
-def test_a_ladder_keeps_its_scores_and_a_bad_one_is_named(folder, capsys):
+def test_a_ladder_keeps_its_scores_and_a_bad_one_is_named(lab):
     scores = {"difficulty": 0.25, "complexity": 100.5, "stage": 2}
-    out = run(capsys, save(folder, [ROW | scores]))[1]
-    assert {name: out[0][name] for name in scores} == scores
+    rows = lab.run([ROW | scores])[1]
+    assert {name: rows[0][name] for name in scores} == scores
     for bad in ({"difficulty": None}, {"stage": 0.5}, {"complexity": "long"}):
-        refusal(capsys, folder, ROW | scores | bad)
+        lab.refusal(ROW | scores | bad)
 
 
 # ------------------------------------------------------------------------------------ other tables
@@ -216,22 +224,29 @@ TABLE = {"scan": "pictures/red.png", "ask": "Which?", "reply": "b", "A": "red", 
 NAMES = ["--picture", "scan", "--question", "ask", "--answer", "reply", "--options", "A,B"]
 
 
-def test_columns_are_named_by_options_and_never_guessed(folder, capsys):
-    assert one(capsys, folder, TABLE, *NAMES) == ("Which?\n(A) red\n(B) blue", "B", [RED])
-    row = {"image": "pictures/red.png", "question": "q", "answer": "3", "meta": {"kind": "k"}}
-    options = ["--picture", "image", "--category", "meta.kind"]
-    text, rows = run(capsys, save(folder, [row | {"other": 1}]), *options)
+def test_columns_are_named_by_options(lab):
+    assert lab.one(TABLE, *NAMES) == ("Which?\n(A) red\n(B) blue", "B", [RED])
+    row = ROW | {"meta": {"kind": "k"}, "other": 1}
+    text, rows = lab.run([row], "--category", "meta.kind")
     assert rows[0]["category"] == "k"
     assert "columns not read: other" in text
-    for bad, options, why in (
+
+
+@pytest.mark.parametrize(
+    "row, options, why",
+    [
         (TABLE, [], "there are the columns A, B, ask, reply, scan; name them with --picture"),
-        (row, [], "there are the columns answer, image, meta, question"),
-        (row, ["--picture", "img"], "no column img"),
-        (row | {"images": [], "problem": "p"}, [], "not the columns of a known data set"),
-    ):
-        text, rows = run(capsys, save(folder, [bad]), *options)
-        assert rows is None
-        assert why in text
+        (
+            {"index": 0, "question": "q", "image": "a.png", "answer": "1", "category": "k"},
+            [],
+            "not the columns of a known data set",
+        ),
+        (ROW | {"problem": "p"}, [], "not the columns of a known data set"),
+        (TABLE, ["--picture", "img", *NAMES[2:]], "no column img: there are"),
+    ],
+)
+def test_columns_are_never_guessed(lab, row, options, why):
+    assert why in lab.run([row], *options)[0]
 
 
 MESSAGES = [
@@ -246,23 +261,32 @@ MESSAGES = [
 ]  # fmt: skip
 
 
-def test_chat_files(folder, capsys):
-    expected = ("Compare <image> with <image>", "5", [RED, RED])
+def test_chat_files(lab):
     for value in (MESSAGES, json.dumps(MESSAGES)):
         row = {"messages": value, "n": 1}
-        assert one(capsys, folder, row, "--question", "messages") == expected
-        text = run(capsys, save(folder, [row]), "--question", "messages")[0]
+        expected = ("Compare <image> with <image>", "5", [RED, RED])
+        assert lab.one(row, "--question", "messages") == expected
+        text = lab.run([row], "--question", "messages")[0]
         assert "system messages left out: 1, for example row 0: Be good." in text
-    row = {"messages": [{"role": "user", "content": "<image>q"}], "images": ["pictures/blue.jpg"]}
-    options = ["--question", "messages", "--answer", "gt.x"]
-    assert one(capsys, folder, row | {"gt": {"x": 4}}, *options) == ("<image>q", "4", [BLUE])
-    for bad, why in (
+    clash = {"messages": MESSAGES, "images": PICTURES}
+    assert "in the messages and in a column" in lab.refusal(clash, "--question", "messages")
+    row = {"chat": [{"role": "user", "content": "<image>q"}], "images": PICTURES, "gt": {"x": 4}}
+    options = ["--question", "chat", "--answer", "gt.x"]
+    assert lab.one(row, *options) == ("<image>q", "4", [RED])
+
+
+@pytest.mark.parametrize(
+    "turns, why",
+    [
         (MESSAGES + MESSAGES[1:], "several questions"),
         ([{"role": "user", "content": [{"type": "video"}]}], "not a part with text or a picture"),
+        ([{"role": "user", "content": [{"type": "text"}, 3]}], "not a part"),
         ([{"role": "robot", "content": "q"}], "not a message"),
         (["q", "r"], "not a message"),
-    ):
-        assert why in refusal(capsys, folder, {"messages": bad, "n": 1}, "--question", "messages")
+    ],
+)
+def test_chats_that_are_no_problem_are_refused(lab, turns, why):
+    assert why in lab.refusal({"chat": turns}, "--question", "chat")
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -271,25 +295,24 @@ def test_chat_files(folder, capsys):
 @pytest.mark.parametrize(
     "value, expected",
     [
-        ("pictures/a [1] é.png", [GREEN]),
         ("pictures\\red.png", [RED]),
         (f"data:image/png;base64,{RED64}", [RED]),
         ("\n".join([RED64[:40], RED64[40:]]), [RED]),
         ({"bytes": None, "path": "pictures/red.png"}, [RED]),
         ({"bytes": RED64, "path": "gone.png"}, [RED]),
-        ("['pictures/red.png', 'pictures/blue.jpg']", [RED, BLUE]),
-        ([["pictures/red.png"], "pictures/blue.jpg", None], [RED, BLUE]),
+        ("['pictures/red.png', 'pictures/two.png']", [RED, RED]),
+        ([PICTURES, "pictures/red.png", None], [RED, RED]),
         (None, []),
     ],
 )
-def test_pictures_in_every_form(folder, capsys, value, expected):
-    assert one(capsys, folder, ROW | {"images": value})[2] == expected
+def test_pictures_in_every_form(lab, value, expected):
+    assert lab.one(ROW | {"images": value})[2] == expected
 
 
-def test_a_folder_of_pictures_can_be_named(folder, capsys):
+def test_a_folder_of_pictures_can_be_named(lab):
     row = ROW | {"images": "red.png"}
-    assert "--image_folder DIR" in refusal(capsys, folder, row)
-    assert one(capsys, folder, row, "--image_folder", folder / "pictures")[2] == [RED]
+    assert "--image_folder DIR" in lab.refusal(row)
+    assert lab.one(row, "--image_folder", "pictures")[2] == [RED]
 
 
 def deep(number, kind=np.uint16):
@@ -298,37 +321,38 @@ def deep(number, kind=np.uint16):
     return file.getvalue()
 
 
-def turned(orientation):
-    exif = Image.Exif()
-    exif[274] = orientation
-    picture = Image.new("RGB", (6, 4), "red")
-    picture.putpixel((0, 0), (0, 0, 255))
-    file = io.BytesIO()
-    picture.save(file, "PNG", exif=exif)
-    return file.getvalue()
+BLACK, WHITE, CLEAR = (0, 0, 0), (255, 255, 255), (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "data, mode, size, color",
+    "data, color",
     [
-        (encoded(mode="RGBA", color=(0, 0, 0, 0)), "RGB", (6, 4), (255, 255, 255)),
-        (encoded(mode="LA", color=(0, 255)), "RGB", (6, 4), (0, 0, 0)),
-        (encoded(mode="P", color=0, transparency=0), "RGB", (6, 4), (255, 255, 255)),
-        (encoded(color=(1, 2, 3), transparency=(1, 2, 3)), "RGB", (6, 4), (255, 255, 255)),
-        (encoded("JPEG", (0, 0, 0, 0), mode="CMYK"), "RGB", (6, 4), (255, 255, 255)),
-        (encoded(mode="1", color=1), "L", (6, 4), 255),
-        (deep(128 * 257), "L", (6, 4), 128),
-        (turned(6), "RGB", (4, 6), None),
+        (encoded(mode="RGBA", color=CLEAR), WHITE),
+        (encoded(mode="LA", color=(0, 255)), BLACK),
+        (encoded(mode="P", color=0, transparency=0), WHITE),
+        (encoded(color=(1, 2, 3), transparency=(1, 2, 3)), WHITE),
+        (encoded("JPEG", CLEAR, mode="CMYK"), WHITE),
+        (encoded(mode="1", color=1), 255),
+        (deep(128 * 257), 128),
     ],
 )
-def test_pictures_need_no_repair_later(data, mode, size, color):
+def test_pictures_become_opaque_8_bit_rgb_or_grey(data, color):
     picture = Image.open(io.BytesIO(convert.clean_picture(data)))
-    assert (picture.mode, picture.size) == (mode, size)
+    assert picture.mode == ("L" if isinstance(color, int) else "RGB")
     assert not picture.has_transparency_data
-    assert picture.getexif().get(274, 1) == 1
-    assert color is None or picture.getpixel((0, 0)) == color
-    if color is None:  # turned by 90 degrees: what was on the left is above
-        assert picture.getpixel((3, 0)) == (0, 0, 255)
+    assert picture.getpixel((0, 0)) == color
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    return encoded(exif=exif)
+
+
+def test_pictures_become_upright():
+    picture = Image.open(io.BytesIO(convert.clean_picture(turned(6))))
+    assert picture.size == (4, 6)
+    assert 274 not in picture.getexif()
 
 
 def test_a_good_picture_keeps_its_bytes():
@@ -345,6 +369,8 @@ large = encoded(size=(300, 300), color=(1, 2, 3))
         ("https://example.org/a.png", "a web address is not opened"),
         ("pictures/none.png", "no such picture file"),
         ("pictures", "no such picture file"),
+        ("pictures/two", "no such picture file"),
+        (base64.b64encode(BLUE[:-9]).decode(), "damaged picture"),
         (base64.b64encode(large[: len(large) // 2]).decode(), "damaged picture"),
         (base64.b64encode(b"no picture at all " * 9).decode(), "damaged picture"),
         (f"data:image/png;base64,{RED64[:-5]}", "nor base64"),
@@ -354,8 +380,8 @@ large = encoded(size=(300, 300), color=(1, 2, 3))
         (7, "not a picture"),
     ],
 )
-def test_pictures_that_cannot_be_used(folder, capsys, value, why):
-    assert why in refusal(capsys, folder, ROW | {"images": value})
+def test_pictures_that_cannot_be_used(lab, value, why):
+    assert why in lab.refusal(ROW | {"images": value})
 
 
 @pytest.mark.parametrize(
@@ -364,9 +390,9 @@ def test_pictures_that_cannot_be_used(folder, capsys, value, why):
     + ["<|vision_start|><|image_pad|><|vision_end|>", "<Image>", "<image></image>", "<ImageHere>"]
     + ["<img src='red.png'>", "<img>red.png</img>", "<image_placeholder>"],
 )
-def test_marks_of_every_kind_stay_in_their_place(folder, capsys, mark):
+def test_marks_of_every_kind_stay_in_their_place(lab, mark):
     row = ROW | {"question": f"Is a < b in {mark} or not?"}
-    assert one(capsys, folder, row)[0] == "Is a < b in <image> or not?"
+    assert lab.one(row)[0] == "Is a < b in <image> or not?"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +400,7 @@ def test_marks_of_every_kind_stay_in_their_place(folder, capsys, mark):
     [
         ({"question": "<image> <image>?"}, "2 marks, 1 pictures"),
         ({"question": "<image>?", "images": []}, "1 marks, 0 pictures"),
-        ({"question": "<image 1>?", "images": ["pictures/red.png"] * 2}, "1 marks, 2 pictures"),
+        ({"question": "<image 1>?", "images": PICTURES * 2}, "1 marks, 2 pictures"),
         ({"question": "<image 3>?"}, "1 marks, 1 pictures"),
         ({"question": "Who <|im_end|> speaks?"}, "control token <|im_end|>"),
         ({"question": "<video>?"}, "control token <video>"),
@@ -382,8 +408,8 @@ def test_marks_of_every_kind_stay_in_their_place(folder, capsys, mark):
         ({"question": " "}, "no question"),
     ],
 )
-def test_questions_that_would_train_wrong_are_refused(folder, capsys, row, why):
-    assert why in refusal(capsys, folder, ROW | row)
+def test_questions_that_would_train_wrong_are_refused(lab, row, why):
+    assert why in lab.refusal(ROW | row)
 
 
 # ------------------------------------------------------------------------------- golds and options
@@ -408,8 +434,8 @@ def test_questions_that_would_train_wrong_are_refused(folder, capsys, row, why):
         ("A short sentence is a legal gold.", "A short sentence is a legal gold."),
     ],
 )
-def test_golds_are_taken_out(folder, capsys, value, gold):
-    assert one(capsys, folder, ROW | {"answer": value})[1] == gold
+def test_golds_are_taken_out(lab, value, gold):
+    assert lab.one(ROW | {"answer": value})[1] == gold
 
 
 @pytest.mark.parametrize(
@@ -428,36 +454,35 @@ def test_golds_are_taken_out(folder, capsys, value, gold):
         ({"x": 1}, "not text"),
     ],
 )
-def test_golds_that_no_response_could_match_are_refused(folder, capsys, value, why):
-    assert why in refusal(capsys, folder, ROW | {"answer": value})
+def test_golds_that_no_response_could_match_are_refused(lab, value, why):
+    assert why in lab.refusal(ROW | {"answer": value})
 
 
-def test_numbers_of_32_bits_are_their_shortest_decimals(folder, capsys):
-    numbers = np.array([0.1, 1.1, 3.14, 2.0, 16777.217], np.float32)
-    golds = pyarrow.array(numbers)
+def test_numbers_of_32_bits_are_their_shortest_decimals(lab):
+    golds = pyarrow.array([0.1, 1.1, 3.14, 2.0, 16777.217], pyarrow.float32())
+    lists = pyarrow.ListArray.from_arrays(range(6), golds)
     nested = pyarrow.StructArray.from_arrays([golds], ["gt"])
-    table = pyarrow.table({"question": ["q"] * 5, "answer": golds, "model": nested})
-    pyarrow.parquet.write_table(table, folder / "data.parquet")
-    for name in ("answer", "model.gt"):
-        rows = run(capsys, folder / "data.parquet", "--answer", name)[1]
-        assert [row["answer"] for row in rows] == ["0.1", "1.1", "3.14", "2", "16777.217"]
+    table = {"question": ["q"] * 5, "answer": golds, "model": nested, "list": lists}
+    table = pyarrow.table(table)
+    pyarrow.parquet.write_table(table, "data.parquet")
+    for name in ("answer", "model.gt", "list"):
+        rows = lab.run("data.parquet", "--answer", name)[1]
+        assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
 
 
-def test_classes_are_read_by_their_names(folder, capsys):
+def test_classes_are_read_by_their_names(lab):
     features = {"question": datasets.Value("string")}
     features["answer"] = datasets.ClassLabel(names=["cat", "dog"])
     columns = {"question": ["q", "q", "q"], "answer": [1, 0, -1]}
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    data.to_parquet(folder / "data.parquet")
-    data.save_to_disk(folder / "saved")
-    for source in (folder / "data.parquet", folder / "saved"):
-        rows = run(capsys, source, "--skip_bad", "true")[1]
-        assert [row["answer"] for row in rows] == ["dog", "cat"]
+    data.to_parquet("data.parquet")
+    rows = lab.run("data.parquet", "--skip_bad", "true")[1]
+    assert answers_of(rows) == ["dog", "cat"]
 
 
-def choice(capsys, folder, options, gold, *more):
+def choice(lab, options, gold, *more):
     row = {"question": "Which?", "choices": options, "answer": gold}
-    return one(capsys, folder, row, "--options", "choices", *more)[:2]
+    return lab.one(row, "--options", "choices", *more)[:2]
 
 
 @pytest.mark.parametrize(
@@ -474,18 +499,18 @@ def choice(capsys, folder, options, gold, *more):
     ],
 )
 @pytest.mark.parametrize("gold", ["B", "B.", "(b)", "B. dark blue", "(B) dark blue", "Dark  Blue"])
-def test_options_become_lines_and_golds_their_letters(folder, capsys, options, gold):
-    assert choice(capsys, folder, options, gold) == ("Which?\n(A) red\n(B) dark blue", "B")
+def test_options_become_lines_and_golds_their_letters(lab, options, gold):
+    assert choice(lab, options, gold) == ("Which?\n(A) red\n(B) dark blue", "B")
 
 
-def test_options_that_the_question_shows_are_not_appended(folder, capsys):
+def test_options_that_the_question_shows_are_not_appended(lab):
     question = "Which?\nA: red, B: dark blue"
     row = {"question": question, "choices": ["red", "dark blue"], "answer": "dark blue"}
-    assert one(capsys, folder, row, "--options", "choices")[:2] == (question, "B")
-    assert one(capsys, folder, row, "--question", "question")[:2] == (question, "B")
+    assert lab.one(row, "--options", "choices")[:2] == (question, "B")
+    assert lab.one(row, "--question", "question")[:2] == (question, "B")
 
 
-def test_what_an_answer_is_can_be_said(folder, capsys):
+def test_what_an_answer_is_can_be_said(lab):
     swapped, numbers = ["B", "A", "C"], ["3", "2", "1"]
     for options, gold, how, letter in (
         (swapped, "A", "letter", "A"),
@@ -495,7 +520,7 @@ def test_what_an_answer_is_can_be_said(folder, capsys):
         (numbers, 2, "text", "B"),
         (numbers, "C", "0", "C"),
     ):
-        assert choice(capsys, folder, options, gold, "--answer_is", how)[1] == letter
+        assert choice(lab, options, gold, "--answer_is", how)[1] == letter
 
 
 @pytest.mark.parametrize(
@@ -515,16 +540,15 @@ def test_what_an_answer_is_can_be_said(folder, capsys):
         ("[__import__('os').system('touch bomb')]", "A", "not a list"),
     ],
 )
-def test_choices_that_are_unclear_are_refused(folder, capsys, options, gold, why):
+def test_choices_that_are_unclear_are_refused(lab, options, gold, why):
     row = {"question": "q", "choices": options, "answer": gold}
-    assert why in refusal(capsys, folder, row, "--options", "choices")
+    assert why in lab.refusal(row, "--options", "choices")
 
 
 def test_random_lists_are_read_as_python_prints_them():
     dice = random.Random(0)
     for _ in range(500):
-        items = ["".join(dice.choices("ab '\"\\,[]{}é$", k=dice.randint(1, 6))) for _ in range(3)]
-        items = [item for item in items if item.strip()] or ["x"]
+        items = ["x" + "".join(dice.choices("ab '\"\\,[](){}é$", k=6)) for _ in range(3)]
         assert convert.read_printed_list(repr(items)) == items
         assert convert.read_printed_list(json.dumps(items)) == items
     assert convert.read_printed_list(r"['\theta', '\neq']") == [r"\theta", r"\neq"]
@@ -534,101 +558,89 @@ def test_random_lists_are_read_as_python_prints_them():
 
 
 @pytest.mark.parametrize("separator, suffix", [(",", "csv"), (";", "csv"), ("\t", "tsv")])
-def test_text_tables_stay_text(folder, capsys, separator, suffix):
-    file, quoted = folder / f"data.{suffix}", '"a; b,\nc\t?"'
-    lines = [
-        ("question ", "answer", "images"),
-        (quoted, "05", "pictures/red.png"),
-        ("q", "3.50", ""),
-    ]
-    text = "".join(separator.join(line) + "\n" for line in lines)
-    file.write_text(text, encoding="utf-8-sig")
-    rows = run(capsys, file)[1]
-    assert [(row["question"], row["answer"]) for row in rows] == [
-        ("a; b,\nc\t?", "05"),
-        ("q", "3.50"),
-    ]
-    assert [len(row["images"]) for row in rows] == [1, 0]
+def test_text_tables_stay_text(lab, separator, suffix):
+    lines = [("question ", "answer", ""), ('"a; b,\nc\t?"', "05", "0"), ("q", "3.50", "1")]
+    text = "".join(separator.join(line) + "\n" for line in lines)  # pandas numbers the rows so
+    Path(f"data.{suffix}").write_text(text, encoding="utf-8-sig")
+    rows = lab.run(f"data.{suffix}", "--question", "question")[1]
+    assert [row["question"] for row in rows] == ["a; b,\nc\t?", "q"]
+    assert answers_of(rows) == ["05", "3.50"]
+    assert rows[0]["category"] == ""
 
 
-def workbook(folder, **sheets):
+def workbook(picture=None, **sheets):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for name, rows in sheets.items():
         sheet = book.create_sheet(name)
-        for row in rows:
+        for row in [["question", "answer", "images"], *rows]:
             sheet.append(row)
-    book.save(folder / "data.xlsx")
-    return folder / "data.xlsx"
+    if picture:
+        sheet.add_image(openpyxl.drawing.image.Image(picture), "C2")
+    book.save("data.xlsx")
+    return "data.xlsx"
 
 
-def test_workbooks(folder, capsys, monkeypatch):
-    head = ["question", "answer", "images"]
-    file = workbook(folder, one=[head, ["q", 3.0, "pictures/red.png"], ["r", 1.1, None]])
-    assert [row["answer"] for row in run(capsys, file)[1]] == ["3", "1.1"]
-    file = workbook(folder, one=[head, ["q", 3, None]], two=[head, ["r", 4, None]])
-    assert "data.xlsx holds one, two: choose with --subset" in run(capsys, file)[0]
-    options = ["--subset", "two", "--category", "part"]
-    assert run(capsys, file, *options)[1][0]["category"] == "two"
-    file = workbook(folder, one=[head, ["q", datetime.date(2024, 1, 2), None]])
-    assert "format the spreadsheet's column as text" in run(capsys, file)[0]
+def test_workbooks(lab, monkeypatch):
+    file = workbook(one=[["q", 3.0, "pictures/red.png"], ["r", 1.1]])
+    assert answers_of(lab.run(file)[1]) == ["3", "1.1"]
+    file = workbook(one=[["q", 3]], two=[["r", 4]])
+    assert "data.xlsx holds one, two: choose with --subset" in lab.run(file)[0]
+    rows = lab.run(file, "--subset", "two", "--category", "part")[1]
+    assert (rows[0]["answer"], rows[0]["category"]) == ("4", "two")
+    file = workbook(one=[["q", datetime.date(2024, 1, 2)]])
+    assert "format the spreadsheet's column as text" in lab.run(file)[0]
+    file = workbook("pictures/red.png", one=[["q", 1]])
+    assert "pasted into one" in lab.run(file)[0]
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    assert "pip install openpyxl" in run(capsys, file)[0]
+    assert "pip install openpyxl" in lab.run(file)[0]
 
 
-def test_pictures_pasted_into_a_workbook_are_refused(folder, capsys):
-    from openpyxl import load_workbook
-    from openpyxl.drawing.image import Image as Pasted
-
-    file = workbook(folder, one=[["question", "answer"], ["q", 1]])
-    book = load_workbook(file)
-    book["one"].add_image(Pasted(str(folder / "pictures/red.png")), "C2")
-    book.save(file)
-    assert "pasted into one" in run(capsys, file)[0]
-
-
-def test_parts_of_json_and_mixed_types_of_a_column(folder, capsys):
+def test_parts_of_json_and_mixed_types_of_a_column(lab):
     rows = [ROW, ROW | {"answer": 4}, ROW | {"answer": 0.5}]
-    assert [row["answer"] for row in run(capsys, save(folder, rows))[1]] == ["3", "4", "0.5"]
-    file = save(folder, {"train": rows, "version": 1}, "data.json")
-    assert len(run(capsys, file)[1]) == 3
-    file = save(folder, {"train": rows, "test": rows[:1]}, "data.json")
-    assert "holds train, test: choose" in run(capsys, file)[0]
+    for source in (rows, {"train": rows, "version": 1}):
+        assert answers_of(lab.run(source, name="data.json")[1]) == ["3", "4", "0.5"]
+    text = lab.run({"train": rows, "test": rows}, name="data.json")[0]
+    assert "holds train, test: choose" in text
 
 
-def test_folders_and_data_sets_on_disk(folder, capsys):
+@pytest.mark.parametrize("option", ["--split", "--subset"])
+def test_a_table_has_no_parts(lab, option):
+    assert f"{option} test: data.jsonl is one" in lab.run([ROW], option, "test")[0]
+
+
+def test_folders_and_data_sets_on_disk(lab):
     features = {"images": datasets.List(datasets.Image()), "question": datasets.Value("string")}
-    features["answer"] = datasets.Value("float32")
-    row = {"images": [PICTURE], "question": "q", "answer": 1.1}
-    data = datasets.Dataset.from_list([row, row], features=datasets.Features(features))
-    data.save_to_disk(folder / "saved")
-    datasets.DatasetDict(train=data, test=data).save_to_disk(folder / "both")
+    features["answer"] = datasets.ClassLabel(names=["cat", "dog"])
+    rows = [{"images": [PICTURE], "question": "q", "answer": n} for n in (1, 0)]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data.save_to_disk("saved")
+    datasets.DatasetDict(train=data, test=data).save_to_disk("both")
     for n in range(2):
-        file = folder / f"hub/data/test-{n:05}-of-00002.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        data.select([n]).to_parquet(file)
+        Path("hub/data").mkdir(parents=True, exist_ok=True)
+        data.select([n]).to_parquet(f"hub/data/test-{n:05}-of-00002.parquet")
     for source, options in (("saved", []), ("both", ["--split", "test"]), ("hub", [])):
-        rows = run(capsys, folder / source, *options)[1]
-        assert [row["answer"] for row in rows] == ["1.1", "1.1"]
+        rows = lab.run(source, *options)[1]
+        assert answers_of(rows) == ["dog", "cat"]
         assert rows[0]["images"][0]["bytes"] == RED
-    assert "one of the splits train, test" in run(capsys, folder / "both")[0]
-    (folder / "hub/more.csv").write_text("question,answer\nq,05\n")
-    assert "name the table in it" in run(capsys, folder / "hub")[0]
+    assert "one of the splits train, test" in lab.run("both")[0]
+    Path("hub/more.csv").write_text("question,answer\nq,05\n")
+    assert "name the table in it" in lab.run("hub")[0]
 
 
-def test_the_hub_is_streamed(folder, capsys, monkeypatch):
+def test_the_hub_is_streamed(lab, monkeypatch):
     seen = []
 
-    def load(*arguments, **how):
-        seen.append((*arguments, how))
+    def load(name, subset, streaming):
+        seen.append((name, subset, streaming))
         data = datasets.Dataset.from_list([{"images": [PICTURE], "question": "q", "answer": "1"}])
         return datasets.IterableDatasetDict(validation=data.to_iterable_dataset())
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    output = folder / "out.parquet"
     options = ["--subset", "Math", "--split", "validation"]
-    assert run(capsys, "MMMU/MMMU", *options, output=output)[1][0]["images"][0]["bytes"] == RED
-    assert seen == [("MMMU/MMMU", "Math", {"streaming": True})]
+    rows = lab.run("MMMU/MMMU", *options)[1]
+    assert rows[0]["images"][0]["bytes"] == RED
+    assert seen == [("MMMU/MMMU", "Math", True)]
 
 
 @pytest.mark.parametrize(
@@ -651,76 +663,65 @@ def test_the_hub_is_streamed(folder, capsys, monkeypatch):
         ("data.txt", b"q", "none of .jsonl"),
     ],
 )
-def test_files_that_cannot_be_read(folder, capsys, name, content, why):
-    (folder / name).write_bytes(content)
-    assert why in run(capsys, folder / name)[0]
+def test_files_that_cannot_be_read(lab, name, content, why):
+    Path(name).write_bytes(content)
+    assert why in lab.run(name)[0]
 
 
 # ------------------------------------------------------------------------------------------ report
 
 
-def test_bad_rows_stop_all_or_are_left_out_and_counted(folder, capsys):
-    bad = [ROW | {"images": "pictures/none.png"}] * 25
-    rows = [
-        ROW,
-        *bad,
-        ROW | {"answer": "\\boxed{2}"},
-        ROW | {"answer": None},
-        ROW | {"answer": "∎"},
-    ]
-    text, out = run(capsys, save(folder, rows))
-    assert out is None
+def test_bad_rows_stop_all_or_are_left_out_and_counted(lab):
+    bad = [ROW | {"images": "none.png"}] * 25
+    table = [ROW, *bad, ROW | {"answer": "\\boxed{2}"}, ROW | {"answer": "∎"}]
+    text, rows = lab.run(table)
+    assert rows is None
     assert text.count("cannot be used: no such picture file") == 20
     assert "refused, no such picture file: 25, for example row 1: no such picture file" in text
-    assert "26 rows cannot be used, so nothing is written" in text
-    text, out = run(capsys, save(folder, rows), "--skip_bad", "true")
-    assert [row["answer"] for row in out] == ["3", "2", "∎"]
-    assert "3 problems with 3 pictures; 26 rows refused" in text
+    assert "25 rows cannot be used, so nothing is written" in text
+    text, rows = lab.run(table, "--skip_bad", "true")
+    assert answers_of(rows) == ["3", "2", "∎"]
+    assert "3 problems with 3 pictures; 25 rows refused" in text
     assert "golds made the final answer alone: 1, for example row 26: \\boxed{2} → 2" in text
-    assert "answers that the checker can never match: 1, for example row 28: ∎" in text
+    assert "answers that the checker can never match: 1, for example row 27: ∎" in text
+    assert "nothing is written" in lab.run(bad, "--skip_bad", "true")[0]
 
 
-def test_what_looks_odd_is_said(folder, capsys):
+def test_what_looks_odd_is_said(lab):
     rows = [ROW | {"answer": "C", "id": 1}, ROW | {"images": [], "id": 1}]
-    text = run(capsys, save(folder, rows))[0]
-    for kind in ("ids that come again", "problems without a picture"):
-        assert f"{kind}: 1, for example row 1" in text
+    text = lab.run(rows)[0]
+    assert "ids that come again: 1, for example row 1" in text
+    assert "problems without a picture: 1, for example row 1" in text
     assert "answers that are a letter while no options were found: 1" in text
 
 
-def test_an_output_is_replaced_only_when_asked_and_only_by_a_whole_one(folder, capsys):
-    output = folder / "out.parquet"
-
-    def refused(rows, *options, to=output):
-        with pytest.raises(SystemExit) as stop:
-            convert.main([str(save(folder, rows)), str(to), *options])
-        return str(stop.value)
-
-    output.write_text("mine")
-    assert "--overwrite true replaces it" in refused([ROW])
-    refused([ROW, ROW | {"answer": ""}], "--overwrite", "true")
-    assert output.read_text() == "mine"
-    assert not list(folder.glob("*.part"))
-    convert.main([str(save(folder, [ROW])), str(output), "--overwrite", "true"])
-    assert len(pyarrow.parquet.read_table(output)) == 1
-    assert "NAME.parquet" in refused([ROW], to=folder / "out.csv")
-    assert "NAME.parquet" in refused([ROW], to=folder / "no/out.parquet")
-
-
-def test_row_groups_stay_small(folder, capsys):
-    run(capsys, save(folder, [ROW] * 200))
-    file = pyarrow.parquet.ParquetFile(folder / "out.parquet")
-    assert file.metadata.row_group(0).num_rows <= 64
-    assert file.metadata.num_rows == 200
+@pytest.mark.parametrize(
+    "row, output, options, why",
+    [
+        (ROW, "out.parquet", [], "--overwrite true replaces it"),
+        (ROW | {"answer": ""}, "out.parquet", ["--overwrite", "true"], "nothing is written"),
+        (ROW, "out.csv", [], "NAME.parquet"),
+        (ROW, "none/out.parquet", [], "NAME.parquet"),
+    ],
+)
+def test_an_output_stays_what_it_was(lab, row, output, options, why):
+    Path("out.parquet").write_text("mine")
+    with pytest.raises(SystemExit, match=why):
+        convert.main([str(lab.save([row], "data.jsonl")), output, *options])
+    assert Path("out.parquet").read_text() == "mine"
+    assert not list(Path().glob("*.part"))
+    convert.main([str(lab.save([ROW], "data.jsonl")), "out.parquet", "--overwrite", "true"])
+    assert len(pyarrow.parquet.read_table("out.parquet")) == 1
 
 
-def test_as_a_command_without_traceback(folder):
-    def command(*arguments):
-        line = [sys.executable, ROOT / "tools/convert.py", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, cwd=folder, check=False)
+def test_row_groups_stay_small(lab):
+    lab.run([ROW] * 200)
+    file = pyarrow.parquet.ParquetFile("out.parquet").metadata
+    assert (file.row_group(0).num_rows, file.num_rows) == (64, 200)
 
-    result = command(save(folder, [ROW]), "out.parquet")
-    assert (result.returncode, result.stderr) == (0, "")
-    result = command("data/none.jsonl", "hub.parquet")
+
+def test_as_a_command_without_traceback(tmp_path):
+    line = [sys.executable, ROOT / "tools/convert.py", "data/none.jsonl", "hub.parquet"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("convert: data/none.jsonl: no file or folder that can be read")

@@ -147,16 +147,16 @@ def choose_layout(names, settings):
     ours = names & OURS - SCORES.keys()
     own = Layout(**{"picture" if name == "images" else name: name for name in ours})
     layout = next((preset for preset in PRESETS if preset.fits(names)), own)
-    is_known = layout != own
     given = {field: getattr(settings, field) for field in (*FIELDS, "answer_is")}
     given = {field: value for field, value in given.items() if value}
-    layout = replace(layout, **given)
-
     there = f"there are the columns {', '.join(sorted(names))}"
+    if layout == own and not (names <= OURS or given):
+        raise Unusable(f"not the columns of a known data set: {there}; {ADVICE}")
+    layout = replace(layout, **given)
     if missing := sorted(layout.columns() - names):
         raise Unusable(f"no column {', '.join(missing)}: {there}")
-    if not layout.question or not (is_known or names <= OURS or given):
-        raise Unusable(f"not the columns of a known data set: {there}; {ADVICE}")
+    if not layout.question:
+        raise Unusable(f"no question is named: {there}; {ADVICE}")
     read = [f"{field} {getattr(layout, field)}" for field in FIELDS if getattr(layout, field)]
     scores = [name for name in SCORES if name in names and names <= OURS]
     print(f"{layout.name}: {', '.join(read + scores)}")
@@ -458,7 +458,7 @@ MARK = re.compile(
     r"(?:</(?:image|img)>)?|!\[[^\]\n]*\]\([^)\n]*\))(?:<\|vision_end\|>)?",
     re.IGNORECASE,
 )
-FORBIDDEN = re.compile(r"<\|[^<>|\s]+\|>|<(?:video|audio)[^<>]*>", re.IGNORECASE)
+FORBIDDEN = re.compile(r"(?i)<\|[^<>|\s]+\|>|<(?:video|audio)[^<>]*>")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "reply", "gpt": "reply"}
 
 
@@ -534,7 +534,7 @@ FINAL_ANSWERS = [  # in the order in which they are unwrapped; braces may stand 
     re.compile(r"####\s*(.+?)\s*\Z"),
     re.compile(r"(?im:\banswer is:?|^\W*(?:final )?answer\s*:)\s*(.+?)\.?\s*\Z"),
 ]
-WRAPPED = re.compile(r"</?(?:answer|think|solution)>|\\f?boxed|####", re.IGNORECASE)
+WRAPPED = re.compile(r"(?i)</?(?:answer|think|solution)>|\\f?boxed|####")
 NOTHING = re.compile(r"|none|n/?a|nan|null|unknown|[?-]", re.IGNORECASE)  # "?" hides MMMU's golds
 LONGEST_GOLD = 200  # characters; a longer one without a mark of its final answer is a solution
 
@@ -649,7 +649,7 @@ def letter_of(gold, options):
 def find_texts(gold, options):
     """The letters of the options that a gold quotes, or equals by the rules of the reward."""
     same = [plain(option) == plain(gold) for option in options]
-    if not any(same) and not letter_of(gold, options):
+    if not any(same):
         same = [answers_match(gold, option) for option in options]
     return [letter for letter, is_same in zip(LETTERS, same) if is_same]
 
@@ -811,7 +811,7 @@ def convert_rows(rows, layout, scores, settings, report):
         try:
             out, notes = convert_row(row, number, folder, layout, scores)
         except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = short(str(error), 300)
             report.add(number, {"refused, " + re.split(r"[:'\d]", reason)[0].strip(): reason})
             report.refused += 1
             if report.refused <= 20:
