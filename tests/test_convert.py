@@ -441,17 +441,17 @@ def test_golds_are_taken_out(lab, value, gold):
 @pytest.mark.parametrize(
     "value, why",
     [
-        (None, "no answer"),
-        ("N/A", "no answer"),
-        ("?", "no answer"),
-        (float("nan"), "no answer"),
+        (None, "or answer (--answer)"),
+        ("N/A", "or answer (--answer)"),
+        ("?", "or answer (--answer)"),
+        (float("nan"), "or answer (--answer)"),
         ("We prove it. " * 30, "more than an answer"),
         ("\\boxed{3", "more than an answer"),
         ("<think>so</think> 4", "more than an answer"),
         ("\\boxed{3} or \\boxed{4}", "several answers"),
         (["3", "4"], "several answers"),
-        (True, "a truth value"),
-        ({"x": 1}, "not text"),
+        (True, "a bool is not text"),
+        ({"x": 1}, "a dict is not text"),
     ],
 )
 def test_golds_that_no_response_could_match_are_refused(lab, value, why):
@@ -589,7 +589,7 @@ def test_workbooks(lab, monkeypatch):
     rows = lab.run(file, "--subset", "two", "--category", "part")[1]
     assert (rows[0]["answer"], rows[0]["category"]) == ("4", "two")
     file = workbook(one=[["q", datetime.date(2024, 1, 2)]])
-    assert "format the spreadsheet's column as text" in lab.run(file)[0]
+    assert "a datetime is not text" in lab.run(file)[0]
     file = workbook("pictures/red.png", one=[["q", 1]])
     assert "pasted into one" in lab.run(file)[0]
     monkeypatch.setitem(sys.modules, "openpyxl", None)

@@ -155,8 +155,6 @@ def choose_layout(names, settings):
     layout = replace(layout, **given)
     if missing := sorted(layout.columns() - names):
         raise Unusable(f"no column {', '.join(missing)}: {there}")
-    if not layout.question:
-        raise Unusable(f"no question is named: {there}; {ADVICE}")
     read = [f"{field} {getattr(layout, field)}" for field in FIELDS if getattr(layout, field)]
     scores = [name for name in SCORES if name in names and names <= OURS]
     print(f"{layout.name}: {', '.join(read + scores)}")
@@ -391,7 +389,7 @@ def read_picture_text(text, folder):
     if len(text) < 250:
         if file := find_file(folder / text.replace("\\", "/")):
             return read_picture_file(file)
-        if Path(text).suffix or len(text) < 60:
+        if "." in text or len(text) < 60:
             raise Unusable(f"no such picture file: {folder / text} (--image_folder DIR)")
     return clean_picture(decode_base64(text))
 
@@ -432,7 +430,11 @@ def clean_picture(data):
     opaque = not picture.has_transparency_data
     if picture.mode in ("L", "RGB") and upright and opaque:
         return data
-    picture = eight_bits(ImageOps.exif_transpose(picture))
+    if picture.mode in ("I", "F"):
+        raise Unusable(f"nothing says which number is white in a picture of mode {picture.mode}")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
     if not opaque:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -441,22 +443,12 @@ def clean_picture(data):
     return file.getvalue()
 
 
-def eight_bits(picture):
-    """16-bit grey scaled down; of other wide numbers nobody says which one is white."""
-    if picture.mode.startswith("I;16"):
-        return picture.convert("I").point(lambda value: value / 257).convert("L")
-    if picture.mode in ("I", "F"):
-        raise Unusable(f"nothing says which number is white in a picture of mode {picture.mode}")
-    return picture
-
-
 # --------------------------------------------------------------------------------- questions, marks
 
 MARK = re.compile(
-    r"(?:<\|vision_start\|>)?(?:<img>[^<>\n]+</img>|<img\s[^<>]*>"
+    r"(?i)(?:<\|vision_start\|>)?(?:<img>[^<>\n]+</img>|<img\s[^<>]*>"
     r"|<\|?(?:image|img|picture)(?:_?(?:pad|placeholder|here))?[ _:#-]?(\d*)\s?\|?>"
-    r"(?:</(?:image|img)>)?|!\[[^\]\n]*\]\([^)\n]*\))(?:<\|vision_end\|>)?",
-    re.IGNORECASE,
+    r"(?:</(?:image|img)>)?|!\[[^\]\n]*\]\([^)\n]*\))(?:<\|vision_end\|>)?"
 )
 FORBIDDEN = re.compile(r"(?i)<\|[^<>|\s]+\|>|<(?:video|audio)[^<>]*>")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "reply", "gpt": "reply"}
@@ -536,7 +528,6 @@ FINAL_ANSWERS = [  # in the order in which they are unwrapped; braces may stand 
 ]
 WRAPPED = re.compile(r"(?i)</?(?:answer|think|solution)>|\\f?boxed|####")
 NOTHING = re.compile(r"|none|n/?a|nan|null|unknown|[?-]", re.IGNORECASE)  # "?" hides MMMU's golds
-LONGEST_GOLD = 200  # characters; a longer one without a mark of its final answer is a solution
 
 
 def read_printed_list(text):
@@ -553,13 +544,9 @@ def read_printed_list(text):
 
 
 def read_text(value):
-    """The text of a value: 3.0 as "3"; a date is what a spreadsheet made of 1/2."""
-    if isinstance(value, (date, time)):
-        raise Unusable(f"a date, {value}: format the spreadsheet's column as text")
-    if isinstance(value, bool):
-        raise Unusable(f"{value} is a truth value: write the word that the question asks for")
-    if isinstance(value, (list, dict, bytes)):
-        raise Unusable(f"not text: {short(value)}")
+    """The text of a value: 3.0 as "3". Spreadsheets make a date of 1/2, and True may mean Yes."""
+    if isinstance(value, (bool, date, time, list, dict, bytes)):
+        raise Unusable(f"a {type(value).__name__} is not text, {short(value)}: write it as text")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip() if is_filled(value) else ""
@@ -649,7 +636,7 @@ def letter_of(gold, options):
 def find_texts(gold, options):
     """The letters of the options that a gold quotes, or equals by the rules of the reward."""
     same = [plain(option) == plain(gold) for option in options]
-    if not any(same):
+    if not any(same) and not letter_of(gold, options):
         same = [answers_match(gold, option) for option in options]
     return [letter for letter, is_same in zip(LETTERS, same) if is_same]
 
@@ -676,18 +663,16 @@ def name_option(gold, options, answer_is):
 def settle_choice(question, gold, options, answer_is, notes):
     """The question with its options as lines "(A) text", and the letter that the gold means."""
     _, inside = split_labels(question)
-    letter, quoted = letter_of(gold, inside), find_texts(gold, inside)
-    if options:
-        gold = name_option(gold, options, answer_is)
-        if [plain(text) for text in inside] != [plain(option) for option in options]:
-            lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
-            question = "\n".join([question, *lines])
-    elif not letter and len(quoted) == 1:
-        gold = quoted[0]
-    elif letter and not inside:
-        notes["answers that are a letter while no options were found"] = short(question)
-    if options or inside:
+    named = letter_of(gold, inside) or find_texts(gold, inside)
+    if options or (inside and named):
+        # Where the question itself lists options, an answer that is a letter means one of them.
+        gold = name_option(gold, options or inside, answer_is if options else "letter")
         notes["choices"] = short(question)
+    elif named:
+        notes["answers that are a letter while no options were found"] = short(question)
+    if options and [plain(text) for text in inside] != [plain(text) for text in options]:
+        lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
+        question = "\n".join([question, *lines])
     return question, gold
 
 
@@ -705,8 +690,10 @@ def convert_row(row, number, folder, layout, scores):
         raise Unusable("the answer is a number: --answer_is text, or 0 or 1 if it counts options")
     question, answer = settle_choice(question, gold, options, layout.answer_is, notes)
     if not question.strip() or NOTHING.fullmatch(answer):
-        raise Unusable(f"no question or no answer: {short(question)!r}, {short(value)}")
-    if len(answer) > LONGEST_GOLD or WRAPPED.search(answer):
+        raise Unusable(
+            f"no question (--question) or answer (--answer): {question!r}, {short(value)}"
+        )
+    if len(answer) > 200 or WRAPPED.search(answer):  # as long as that is a solution
         raise Unusable(f"more than an answer, and none in \\boxed, <answer>, ####: {short(answer)}")
     if answer != str(value).strip():
         notes["golds made the final answer alone"] = f"{short(value)} → {answer}"
@@ -805,10 +792,14 @@ class Report:
 
 def convert_rows(rows, layout, scores, settings, report):
     """The rows that can be used, in our columns; the first twenty others are named on screen."""
-    ids = set()
+    ids, names = set(), set()
     for number, (row, folder) in enumerate(rows):
         folder = Path(settings.image_folder or folder)
+        names = names or row.keys()  # those of the first row, by which the layout was chosen
+        late = ", ".join(row.keys() - names)
         try:
+            if "images" in late:
+                raise Unusable(f"row 0 has no column {late}: give it an empty one")
             out, notes = convert_row(row, number, folder, layout, scores)
         except (ValueError, OSError) as error:
             reason = short(str(error), 300)
@@ -817,6 +808,8 @@ def convert_rows(rows, layout, scores, settings, report):
             if report.refused <= 20:
                 print(f"  row {number} cannot be used: {reason}")
             continue
+        if late:
+            notes["columns not read, because row 0 has none of the name"] = late
         if out["id"] in ids:
             notes["ids that come again"] = out["id"]
         ids.add(out["id"])
