@@ -368,7 +368,6 @@ large = encoded(size=(300, 300), color=(1, 2, 3))
     [
         ("https://example.org/a.png", "a web address is not opened"),
         ("pictures/none.png", "no such picture file"),
-        ("pictures", "no such picture file"),
         ("pictures/two", "no such picture file"),
         (base64.b64encode(BLUE[:-9]).decode(), "damaged picture"),
         (base64.b64encode(large[: len(large) // 2]).decode(), "damaged picture"),
@@ -377,7 +376,6 @@ large = encoded(size=(300, 300), color=(1, 2, 3))
         (base64.b64encode(deep(7, np.int32)).decode(), "nothing says which number is white"),
         (base64.b64encode(encoded(size=(1001, 5))).decode(), "one side over 200 times the other"),
         ({"height": 3}, "not a picture"),
-        (7, "not a picture"),
     ],
 )
 def test_pictures_that_cannot_be_used(lab, value, why):
@@ -399,13 +397,11 @@ def test_marks_of_every_kind_stay_in_their_place(lab, mark):
     "row, why",
     [
         ({"question": "<image> <image>?"}, "2 marks, 1 pictures"),
-        ({"question": "<image>?", "images": []}, "1 marks, 0 pictures"),
         ({"question": "<image 1>?", "images": PICTURES * 2}, "1 marks, 2 pictures"),
         ({"question": "<image 3>?"}, "1 marks, 1 pictures"),
         ({"question": "Who <|im_end|> speaks?"}, "control token <|im_end|>"),
         ({"question": "<video>?"}, "control token <video>"),
         ({"question": "q\ud800"}, "surrogates"),
-        ({"question": " "}, "no question"),
     ],
 )
 def test_questions_that_would_train_wrong_are_refused(lab, row, why):
@@ -423,14 +419,11 @@ def test_questions_that_would_train_wrong_are_refused(lab, row, why):
         ("Therefore $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("It is 1 + 3 = 4.\n#### 4", "4"),
         ("x" * 300 + "\nThe answer is 4.", "4"),
-        ("Final answer: 4", "4"),
         ("['4']", "4"),
         (["4", "4.0"], "4"),
         ("[0, 1]", "[0, 1]"),
         (3.0, "3"),
-        (0.1, "0.1"),
         ("3.50", "3.50"),
-        (0, "0"),
         ("A short sentence is a legal gold.", "A short sentence is a legal gold."),
     ],
 )
@@ -442,13 +435,11 @@ def test_golds_are_taken_out(lab, value, gold):
     "value, why",
     [
         (None, "or answer (--answer)"),
-        ("N/A", "or answer (--answer)"),
         ("?", "or answer (--answer)"),
         (float("nan"), "or answer (--answer)"),
         ("We prove it. " * 30, "more than an answer"),
         ("\\boxed{3", "more than an answer"),
         ("<think>so</think> 4", "more than an answer"),
-        ("\\boxed{3} or \\boxed{4}", "several answers"),
         (["3", "4"], "several answers"),
         (True, "a bool is not text"),
         ({"x": 1}, "a dict is not text"),
@@ -470,16 +461,6 @@ def test_numbers_of_32_bits_are_their_shortest_decimals(lab):
         assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
 
 
-def test_classes_are_read_by_their_names(lab):
-    features = {"question": datasets.Value("string")}
-    features["answer"] = datasets.ClassLabel(names=["cat", "dog"])
-    columns = {"question": ["q", "q", "q"], "answer": [1, 0, -1]}
-    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    data.to_parquet("data.parquet")
-    rows = lab.run("data.parquet", "--skip_bad", "true")[1]
-    assert answers_of(rows) == ["dog", "cat"]
-
-
 def choice(lab, options, gold, *more):
     row = {"question": "Which?", "choices": options, "answer": gold}
     return lab.one(row, "--options", "choices", *more)[:2]
@@ -491,7 +472,6 @@ def choice(lab, options, gold, *more):
         ["red", "dark blue"],
         ["red", "dark blue", None, ""],
         ["A. red", "B. dark blue"],
-        '["red", "dark blue"]',
         "['red', 'dark blue']",
         "['red' 'dark blue']",
         "(A) red\n(B) dark blue",
@@ -507,6 +487,10 @@ def test_options_that_the_question_shows_are_not_appended(lab):
     question = "Which?\nA: red, B: dark blue"
     row = {"question": question, "choices": ["red", "dark blue"], "answer": "dark blue"}
     assert lab.one(row, "--options", "choices")[:2] == (question, "B")
+    assert lab.one(row | {"answer": "(b) dark blue"}, "--question", "question")[:2] == (
+        question,
+        "B",
+    )
     assert lab.one(row, "--question", "question")[:2] == (question, "B")
 
 
@@ -517,8 +501,6 @@ def test_what_an_answer_is_can_be_said(lab):
         (swapped, "A", "text", "B"),
         (numbers, 2, "0", "C"),
         (numbers, "2", "1", "B"),
-        (numbers, 2, "text", "B"),
-        (numbers, "C", "0", "C"),
     ):
         assert choice(lab, options, gold, "--answer_is", how)[1] == letter
 
@@ -527,7 +509,6 @@ def test_what_an_answer_is_can_be_said(lab):
     "options, gold, why",
     [
         (["red", "blue"], "green", "none of the options"),
-        (["red", "blue"], "C", "none of the options"),
         (["red", "blue"], "A. blue", "none of the options"),
         (["red", "blue"], "1", "--answer_is"),
         (["2", "1", "0"], 1, "--answer_is text, or 0 or 1"),
@@ -604,25 +585,25 @@ def test_parts_of_json_and_mixed_types_of_a_column(lab):
     assert "holds train, test: choose" in text
 
 
-@pytest.mark.parametrize("option", ["--split", "--subset"])
-def test_a_table_has_no_parts(lab, option):
-    assert f"{option} test: data.jsonl is one" in lab.run([ROW], option, "test")[0]
+def test_a_table_has_no_parts(lab):
+    for option in ("--split", "--subset"):
+        assert f"{option} test: data.jsonl is one" in lab.run([ROW], option, "test")[0]
 
 
-def test_folders_and_data_sets_on_disk(lab):
+def test_folders_and_data_sets_on_disk_and_classes_by_their_names(lab):
     features = {"images": datasets.List(datasets.Image()), "question": datasets.Value("string")}
     features["answer"] = datasets.ClassLabel(names=["cat", "dog"])
-    rows = [{"images": [PICTURE], "question": "q", "answer": n} for n in (1, 0)]
+    rows = [{"images": [PICTURE], "question": "q", "answer": n} for n in (1, 0, -1)]
     data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     data.save_to_disk("saved")
     datasets.DatasetDict(train=data, test=data).save_to_disk("both")
-    for n in range(2):
-        Path("hub/data").mkdir(parents=True, exist_ok=True)
-        data.select([n]).to_parquet(f"hub/data/test-{n:05}-of-00002.parquet")
-    for source, options in (("saved", []), ("both", ["--split", "test"]), ("hub", [])):
-        rows = lab.run(source, *options)[1]
+    file = Path("hub/data/test-00000-of-00001.parquet")
+    file.parent.mkdir(parents=True)
+    data.to_parquet(file)
+    for source, options in (("saved", []), ("both", ["--split", "test"]), ("hub", []), (file, [])):
+        rows = lab.run(source, "--skip_bad", "true", *options)[1]
         assert answers_of(rows) == ["dog", "cat"]
-        assert rows[0]["images"][0]["bytes"] == RED
+        assert pictures_of(rows[0]) == [RED]
     assert "one of the splits train, test" in lab.run("both")[0]
     Path("hub/more.csv").write_text("question,answer\nq,05\n")
     assert "name the table in it" in lab.run("hub")[0]
@@ -648,7 +629,6 @@ def test_the_hub_is_streamed(lab, monkeypatch):
     [
         ("data.jsonl", b"", "has no rows"),
         ("data.csv", b"", "has no rows"),
-        ("data.json", b"[]", "has no rows"),
         ("data.json", b'"text"', "holds no rows"),
         ("data.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
         ("data.jsonl", b'{"question": ', "line 1 is not JSON"),
@@ -656,11 +636,9 @@ def test_the_hub_is_streamed(lab, monkeypatch):
         ("data.csv", b"question,answer\n\xff,1\n", "is not UTF-8"),
         ("data.csv", b'question,answer\n"open,1\nq,2\n', "is a quote left open"),
         ("data.csv", b"question,answer\nq,1,2\n", "line 2 has more or fewer fields"),
-        ("data.csv", b"question,answer\nq\n", "line 2 has more or fewer fields"),
         ("data.csv", b"question,answer,answer\nq,1,2\n", "two columns have one name"),
         ("data.parquet", b"nothing", "cannot be read"),
         ("data.xlsx", b"nothing", "cannot be read"),
-        ("data.txt", b"q", "none of .jsonl"),
     ],
 )
 def test_files_that_cannot_be_read(lab, name, content, why):
@@ -688,11 +666,14 @@ def test_bad_rows_stop_all_or_are_left_out_and_counted(lab):
 
 
 def test_what_looks_odd_is_said(lab):
-    rows = [ROW | {"answer": "C", "id": 1}, ROW | {"images": [], "id": 1}]
+    rows = [ROW | {"answer": "C", "id": 1}, ROW | {"images": [], "id": 1, "hint": "Look."}]
     text = lab.run(rows)[0]
+    assert "answers that are a letter while no options were found: 1, for example row 0" in text
     assert "ids that come again: 1, for example row 1" in text
     assert "problems without a picture: 1, for example row 1" in text
-    assert "answers that are a letter while no options were found: 1" in text
+    assert "not read, because row 0 has none of the name: 1, for example row 1: hint" in text
+    text, rows = lab.run([{"question": "q", "answer": "1"}, ROW])
+    assert "row 1 cannot be used: row 0 has no column images" in text
 
 
 @pytest.mark.parametrize(
