@@ -319,6 +319,9 @@ def file_rows(file, subset, folder):
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise Unusable(f"{file}: none of {' '.join(READERS)}")
+    with open(file, "rb") as stream:
+        if stream.read(20) == b"version https://git-":
+            raise Unusable(f"{file} is a Git LFS pointer, not the data: git lfs pull")
     try:
         rows = reader(file)
         if isinstance(rows, dict):
@@ -451,7 +454,7 @@ MARK = re.compile(
     r"(?:</(?:image|img)>)?|!\[[^\]\n]*\]\([^)\n]*\))(?:<\|vision_end\|>)?"
 )
 FORBIDDEN = re.compile(r"(?i)<\|[^<>|\s]+\|>|<(?:video|audio)[^<>]*>")
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "reply", "gpt": "reply"}
+ROLES = ("system", "user", "human", "assistant", "gpt")
 
 
 def read_chat(turns, notes):
@@ -462,9 +465,9 @@ def read_chat(turns, notes):
         if role not in ROLES:
             raise Unusable(f"not a message of {', '.join(ROLES)}: {short(turn)}")
         text, found = read_message(turn.get("content") or turn.get("value") or "")
-        if ROLES[role] == "system":
+        if role == "system":
             notes["system messages left out"] = short(text)
-        elif ROLES[role] == "reply":
+        elif role in ("assistant", "gpt"):
             reply = text
         elif question is not None:
             raise Unusable("several questions in one conversation: make a row of each")
@@ -820,14 +823,14 @@ def convert_rows(rows, layout, scores, settings, report):
 
 
 def write_rows(rows, scores, file):
-    """Small row groups, because readers fail on nested columns of large ones."""
+    """Write groups of few rows: readers fail on nested columns of groups beyond 2 GB."""
     text = datasets.Value("string")
     columns = {"images": datasets.List(datasets.Image()), "question": text, "answer": text}
     columns |= {"id": text, "category": text}
     columns |= {name: datasets.Value(SCORES[name]) for name in scores}
     schema = datasets.Features(columns).arrow_schema
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        while group := list(itertools.islice(rows, 64)):
+        while group := list(itertools.islice(rows, 32)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
