@@ -232,9 +232,9 @@ def test_columns_are_named_by_options(lab):
     )
     several = lab.refusal(TABLE | {"scan": PICTURES * 2}, "--picture", "scan,scan", *NAMES[2:])
     assert "several pictures in one of several picture columns" in several
-    row = ROW | {"meta": {"kind": "k"}, "other": 1}
-    text, rows = lab.run([row], "--category", "meta.kind")
-    assert rows[0]["category"] == "k"
+    row = ROW | {"meta": {"kind": "k"}, "a.b": "c", "other": 1}
+    text, rows = lab.run([row], "--category", "meta.kind", "--id", "a.b")
+    assert (rows[0]["category"], rows[0]["id"]) == ("k", "c")
     assert "columns not read: other" in text
 
 
@@ -288,7 +288,6 @@ def test_chat_files(lab):
         ([{"role": "user", "content": [{"type": "video"}]}], "not a part with text or a picture"),
         ([{"role": "user", "content": [{"type": "text"}, 3]}], "not a part"),
         ([{"role": "robot", "content": "q"}], "not a message"),
-        (["q", "r"], "not a message"),
     ],
 )
 def test_chats_that_are_no_problem_are_refused(lab, turns, why):
@@ -327,14 +326,13 @@ def deep(number, kind=np.uint16):
     return file.getvalue()
 
 
-BLACK, WHITE, CLEAR = (0, 0, 0), (255, 255, 255), (0, 0, 0, 0)
+WHITE, CLEAR = (255, 255, 255), (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     "data, color",
     [
         (encoded(mode="RGBA", color=CLEAR), WHITE),
-        (encoded(mode="LA", color=(0, 255)), BLACK),
         (encoded(mode="P", color=0, transparency=0), WHITE),
         (encoded(color=(1, 2, 3), transparency=(1, 2, 3)), WHITE),
         (encoded("JPEG", CLEAR, mode="CMYK"), WHITE),
@@ -406,7 +404,6 @@ def test_marks_of_every_kind_stay_in_their_place(lab, mark):
         ({"question": "<image 1>?", "images": PICTURES * 2}, "1 marks, 2 pictures"),
         ({"question": "<image 3>?"}, "1 marks, 1 pictures"),
         ({"question": "Who <|im_end|> speaks?"}, "control token <|im_end|>"),
-        ({"question": "<video>?"}, "control token <video>"),
         ({"question": "q\ud800"}, "surrogates"),
     ],
 )
@@ -420,7 +417,6 @@ def test_questions_that_would_train_wrong_are_refused(lab, row, why):
 @pytest.mark.parametrize(
     "value, gold",
     [
-        ("<answer> 3 </answer>", "3"),
         ("<think>so</think>\n<answer>\\boxed{3}</answer>", "3"),
         ("Therefore $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("It is 1 + 3 = 4.\n#### 4", "4"),
@@ -442,7 +438,6 @@ def test_golds_are_taken_out(lab, value, gold):
     [
         (None, "or answer (--answer)"),
         ("?", "or answer (--answer)"),
-        (float("nan"), "or answer (--answer)"),
         ("We prove it. " * 30, "more than an answer"),
         ("\\boxed{3", "more than an answer"),
         ("<think>so</think> 4", "more than an answer"),
@@ -503,7 +498,6 @@ def test_options_that_the_question_shows_are_not_appended(lab):
 def test_what_an_answer_is_can_be_said(lab):
     swapped, numbers = ["B", "A", "C"], ["3", "2", "1"]
     for options, gold, how, letter in (
-        (swapped, "A", "letter", "A"),
         (swapped, "A", "text", "B"),
         (numbers, 2, "0", "C"),
         (numbers, "2", "1", "B"),
@@ -516,12 +510,12 @@ def test_what_an_answer_is_can_be_said(lab):
     "options, gold, why",
     [
         (["red", "blue"], "green", "none of the options"),
+        (["red", "blue"], "C", "none of the options"),
         (["red", "blue"], "A. blue", "none of the options"),
         (["red", "blue"], "1", "--answer_is"),
         (["2", "1", "0"], 1, "--answer_is text, or 0 or 1"),
         (["B", "A", "C"], "A", "a letter and a text"),
         (["5", "5", "6"], "5", "several of the options"),
-        (["red"], "A", "no choice"),
         (["red", "", "blue"], "C", "no choice"),
         ([f"number {n}" for n in range(27)], "number 3", "no choice"),
         ("red, blue", "A", "without letters"),
@@ -553,7 +547,6 @@ def test_text_tables_stay_text(lab, separator, suffix):
     rows = lab.run(f"data.{suffix}", "--question", "question")[1]
     assert [row["question"] for row in rows] == ["a; b,\nc\t?", "q"]
     assert answers_of(rows) == ["05", "3.50"]
-    assert rows[0]["category"] == ""
 
 
 def workbook(picture=None, **sheets):
@@ -570,7 +563,7 @@ def workbook(picture=None, **sheets):
 
 
 def test_workbooks(lab, monkeypatch):
-    file = workbook(one=[["q", 3.0, "pictures/red.png"], ["r", 1.1]])
+    file = workbook(one=[["q", 3.0, "pictures/red.png"], [], ["r", 1.1]])
     assert answers_of(lab.run(file)[1]) == ["3", "1.1"]
     file = workbook(one=[["q", 3]], two=[["r", 4]])
     assert "data.xlsx holds one, two: choose with --subset" in lab.run(file)[0]
@@ -635,8 +628,6 @@ def test_the_hub_is_streamed(lab, monkeypatch):
     "name, content, why",
     [
         ("data.jsonl", b"", "has no rows"),
-        ("data.csv", b"", "has no rows"),
-        ("data.json", b'"text"', "holds no rows"),
         ("data.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
         ("data.jsonl", b'{"question": ', "line 1 is not JSON"),
         ("data.jsonl", b"[1, 2]", "not a row with named columns"),

@@ -81,13 +81,13 @@ class Layout:
     gold: str = ""  # a pattern for the answer in front of an explanation
     one_picture: bool = False  # one picture shows everything that the marks number
 
-    def columns(self):
-        """The names of all columns that are read."""
+    def columns(self, names):
+        """Which columns are read, of a table with columns of these names."""
         named = ",".join(getattr(self, field) for field in FIELDS).split(",")
-        return {name.split(".")[0] for name in named} - {""}
+        return {name if name in names else name.split(".")[0] for name in named} - {""}
 
     def fits(self, names):
-        wanted = self.columns() | set(self.known_by.split(",")) - {""}
+        wanted = self.columns(names) | set(self.known_by.split(",")) - {""}
         return wanted == names if self.exact else wanted <= names
 
 
@@ -144,21 +144,23 @@ OURS = {"images", "question", "answer", "id", "category", *SCORES}
 
 def choose_layout(names, settings):
     """The layout of a table with these columns: a preset, or our own names, and the options."""
-    ours = names & OURS - SCORES.keys()
-    own = Layout(**{"picture" if name == "images" else name: name for name in ours})
+    own = Layout(
+        **{"picture" if name == "images" else name: name for name in names & OURS - SCORES.keys()}
+    )
     layout = next((preset for preset in PRESETS if preset.fits(names)), own)
-    given = {field: getattr(settings, field) for field in (*FIELDS, "answer_is")}
-    given = {field: value for field, value in given.items() if value}
+    given = {field: value for field in (*FIELDS, "answer_is") if (value := vars(settings)[field])}
+    if "question" in given:
+        given["before"] = ""
     there = f"there are the columns {', '.join(sorted(names))}"
     if layout == own and not (names <= OURS or given):
         raise Unusable(f"not the columns of a known data set: {there}; {ADVICE}")
     layout = replace(layout, **given)
-    if missing := sorted(layout.columns() - names):
+    if missing := sorted(layout.columns(names) - names):
         raise Unusable(f"no column {', '.join(missing)}: {there}")
     read = [f"{field} {getattr(layout, field)}" for field in FIELDS if getattr(layout, field)]
     scores = [name for name in SCORES if name in names and names <= OURS]
     print(f"{layout.name}: {', '.join(read + scores)}")
-    if unread := sorted(names - layout.columns() - set(scores)):
+    if unread := sorted(names - layout.columns(names) - set(scores)):
         print(f"  columns not read: {', '.join(unread)}")
     return layout, scores
 
@@ -247,7 +249,7 @@ def read_text_table(file):
             if len(set(names)) < len(names):
                 raise Unusable(f"{file}: two columns have one name: {', '.join(names)}")
             for row in table:
-                if None in row or None in row.values():  # what DictReader makes of such lines
+                if None in (*row, *row.values()):  # what DictReader makes of such lines
                     raise Unusable(f"{file}: line {table.line_num} has more or fewer fields")
                 yield row
         except csv.Error as error:
@@ -439,8 +441,8 @@ def clean_picture(data):
     if picture.mode.startswith("I;16"):
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
     if not opaque:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture.convert("RGBA"))
     file = io.BytesIO()
     picture.convert("L" if picture.mode in ("1", "L") else "RGB").save(file, "PNG")
     return file.getvalue()
@@ -648,7 +650,7 @@ def name_option(gold, options, answer_is):
     """The letter of the option that a gold means; one with two meanings, or none, is refused."""
     texts = find_texts(gold, options)
     meanings = {"letter": letter_of(gold, options), "text": texts[0] if len(texts) == 1 else None}
-    if answer_is in ("0", "1") and re.fullmatch(r"\d{1,2}", gold):
+    if answer_is in ("0", "1") and gold.isdecimal():
         place = int(gold) - int(answer_is)
         meanings = {answer_is: LETTERS[place : place + 1]}
     letters = list(LETTERS[: len(options)])
@@ -769,8 +771,10 @@ def convert(settings):
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
-    command = "python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct"
-    print(f"{command} --data {output} --output_dir runs/{output.stem}")
+    print(
+        "python observe_r1.py train --model Qwen/Qwen2.5-VL-3B-Instruct "
+        f"--data {output} --output_dir runs/{output.stem}"
+    )
 
 
 class Report:
@@ -797,13 +801,14 @@ def convert_rows(rows, layout, scores, settings, report):
     """The rows that can be used, in our columns; the first twenty others are named on screen."""
     ids, names = set(), set()
     for number, (row, folder) in enumerate(rows):
-        folder = Path(settings.image_folder or folder)
-        names = names or row.keys()  # those of the first row, by which the layout was chosen
-        late = ", ".join(row.keys() - names)
+        names = names or set(row)  # those of the first row, by which the layout was chosen
+        late = ", ".join(set(row) - names)
         try:
             if "images" in late:
                 raise Unusable(f"row 0 has no column {late}: give it an empty one")
-            out, notes = convert_row(row, number, folder, layout, scores)
+            out, notes = convert_row(
+                row, number, Path(settings.image_folder or folder), layout, scores
+            )
         except (ValueError, OSError) as error:
             reason = short(str(error), 300)
             report.add(number, {"refused, " + re.split(r"[:'\d]", reason)[0].strip(): reason})
