@@ -504,6 +504,8 @@ def test_what_an_answer_is_can_be_said(lab):
     ):
         assert choice(lab, options, gold, "--answer_is", how)[1] == letter
     assert choice(lab, ["0 A", "1 A"], "A")[1] == "A"  # no rule of the reward makes it 1 ampere
+    assert choice(lab, ["1/2", "3"], "0.5")[1] == "A"
+    assert choice(lab, ["(A)", "(B)"], "B") == ("Which?\n(A) (A)\n(B) (B)", "B")  # MathVision
 
 
 @pytest.mark.parametrize(

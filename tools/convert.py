@@ -586,8 +586,8 @@ def read_options(row, columns):
     texts = [read_text(value) for value in values]
     while texts and not texts[-1]:
         texts.pop()
-    before, bare = split_labels("\n".join(texts))  # "A. x" in every option
-    if not before and len(bare) == len(texts):
+    before, bare = split_labels("\n".join(texts))  # "A. x" in every option, but not "(A)" alone
+    if not before and all(bare) and len(bare) == len(texts):
         texts = bare
     if len(texts) == 1 or len(texts) > len(LETTERS) or not all(texts):
         raise Unusable(f"options that are no choice: {short(texts)}")
@@ -780,8 +780,9 @@ def convert(settings):
 class Report:
     """What was used, changed and refused, counted by kind, with the first example of each."""
 
+    problems = pictures = refused = 0
+
     def __init__(self):
-        self.problems = self.pictures = self.refused = 0
         self.kinds, self.examples = Counter(), {}
 
     def add(self, number, notes):
