@@ -35,6 +35,7 @@ prompts, L tokens of responses in a flat list, H hidden size, V vocabulary. `mod
 Qwen2_5_VLForConditionalGeneration.
 """
 
+import argparse
 import difflib
 import hashlib
 import inspect
@@ -201,7 +202,7 @@ def mix_ladder(difficulty, complexity, seed=0):
         0     0    0    0    4.1 10.2 14.2 30.6 146.7"""
     paper = np.array(figure.split(), dtype=float).reshape(9, 9)
     difficulty = np.asarray(difficulty)
-    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 7 * (1 - 6 / 7) < 1
+    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 1e-9: rounding
     level_size, n = np.bincount(level, minlength=9), len(level)
     asked = paper / paper.sum(0) * level_size  # [stage,level]
 
@@ -1426,38 +1427,47 @@ def check_config(config):
 def parse_arguments(words):
     """(command, Config); options need no command, and without --data they are for the toy."""
     parser = transformers.HfArgumentParser(Config, usage=USAGE, allow_abbrev=False)
-    parser.add_argument("command", nargs="?", default="train", help=", ".join(COMMANDS))
+    parser.add_argument("command", nargs="?", help=", ".join(COMMANDS))
     for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
+        if action.dest in HELP:
+            action.help = f"{HELP[action.dest]} (default: {action.default!r})"
+        action.default = argparse.SUPPRESS  # so that parsing returns what was given, and no more
+    parsed, unknown = parser.parse_known_args(words)
+    given = vars(parsed)
+    command = given.pop("command", "train")
+    if command not in COMMANDS:
+        unknown.append(command)
+    if unknown:
+        known = [*COMMANDS, *(f"--{name}" for name in HELP)]
+        nearest = difflib.get_close_matches(unknown[0], known)
+        raise ValueError(f"{unknown[0]}? Perhaps {nearest}. {USAGE}")
 
-    def parse(defaults):
-        parser.set_defaults(**defaults)
-        return parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-
-    config, others, unknown = parse({})
-    known = [*COMMANDS, *(f"--{name}" for name in HELP)]
-    for word in {*unknown, others.command} - {*COMMANDS}:
-        raise ValueError(f"{word}? Perhaps {difflib.get_close_matches(word, known)}. {USAGE}")
-    given, file = {}, Path(config.config or TOY)
-    if config.config or not config.data:
-        try:
-            given = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is no JSON object of options: {error}") from error
-        given.pop("content", None)  # a run adds it to its own
-        if wrong := given.keys() - HELP.keys():
-            raise ValueError(f"{file}: unknown options {sorted(wrong)}")
-        for name in given.keys() & {"model", "data", "eval_data"}:
-            if (file.parent / given[name]).exists():  # a path may start at the file's own folder
-                given[name] = str(file.parent / given[name])
-        config, *_ = parse(given)
-    trained = Path(config.model) / "observe_r1.json"
+    if "config" in given or "data" not in given:
+        given = read_options(Path(given.get("config", TOY))) | given
+    model = given.get("model", Config.model)
+    trained = Path(f"{model}/observe_r1.json")
     if trained.exists():  # what shaped the prompts of its training
-        config, *_ = parse(json.loads(trained.read_text()) | given)
+        given = json.loads(trained.read_text()) | given
         say(f"{trained} says how the model was prompted; options that are given win")
-    config.output_dir = config.output_dir or f"runs/{others.command}"
+    config = Config(**{"output_dir": f"runs/{command}", **given})
     check_config(config)
-    return others.command, config
+    return command, config
+
+
+def read_options(file):
+    """The options of a JSON file; a path in it may start at the file's own folder."""
+    try:
+        options = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object of options: {error}") from error
+    options.pop("content", None)  # a run adds it to its own
+    if wrong := options.keys() - HELP.keys():
+        raise ValueError(f"{file}: unknown options {sorted(wrong)}")
+    for name in options.keys() & {"model", "data", "eval_data"}:
+        near = file.parent / str(options[name])
+        if options[name] and near.exists():
+            options[name] = str(near)
+    return options
 
 
 def main():
