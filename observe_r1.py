@@ -40,7 +40,6 @@ import difflib
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -50,7 +49,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -145,11 +144,11 @@ def chat_messages(problem, config):
     if MARK not in question:
         question = MARK * len(pictures) + question
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    content = []
-    for text, picture in itertools.zip_longest(question.split(MARK), pictures):
+    first, *texts = question.split(MARK)
+    content = [{"type": "text", "text": first}]
+    for picture, text in zip(pictures, texts):
+        content.append({"type": "image", "image": picture, **limits})
         content.append({"type": "text", "text": text})
-        if picture is not None:
-            content.append({"type": "image", "image": picture, **limits})
     system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
@@ -165,8 +164,8 @@ def encode_prompts(problems, processor, config):
     for problem in problems:
         messages = chat_messages(problem, config)
         images, _ = process_vision_info(messages)  # resizes, so the processor must not do it again
-        how = {"do_resize": False, "return_tensors": "pt"}
-        prompts.append(processor(text=prompt_text(messages, processor), images=images, **how))
+        text = prompt_text(messages, processor)
+        prompts.append(processor(text=text, images=images, do_resize=False, return_tensors="pt"))
     return prompts
 
 
@@ -273,9 +272,14 @@ def ladder(config):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
-    names = ("raw", "checkable", "not_solved_without_reasoning", "never_solved", "ladder")
-    counts = dict(zip(names, map(len, (raw, checkable, unsolved, never_solved, kept))))
-    counts["stages"] = np.bincount(stage, minlength=9).tolist()
+    counts = {
+        "raw": len(raw),
+        "checkable": len(checkable),
+        "not_solved_without_reasoning": len(unsolved),
+        "never_solved": len(never_solved),
+        "ladder": len(kept),
+        "stages": np.bincount(stage, minlength=9).tolist(),
+    }
     return write_result(output / "summary.json", counts)
 
 
@@ -352,8 +356,8 @@ def read_prompts(model, prompts, config):
         inputs, cache = model_inputs(model, prompt), DynamicCache()
         hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
         rows.append((hidden, inputs["position_ids"].amax((0, 2)), inputs["attention_mask"].sum(-1)))
-        # Under autocast, rope makes keys of fp32, and attention wants them to be as the values.
-        caches.append([torch.stack((x.keys.to(x.values.dtype), x.values)) for x in cache.layers])
+        # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
+        caches.append([torch.stack((x.keys, x.values)).to(DTYPE) for x in cache.layers])
     hidden, position, length = (torch.cat(x).repeat_interleave(G, 0) for x in zip(*rows))
     P, layers = int(length.max()), []
     for parts in zip(*caches):  # [2,1,heads,n,size] of each prompt
@@ -374,7 +378,7 @@ def sample(model, prompts, stop, config):
     mask = torch.where(padding, -math.inf, 0.0).to(DTYPE)  # is added to the scores of attention
     response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
     response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
-    going = response >= 0  # all
+    going = lengths == 0  # the responses that have not stopped: all
     decoder = model.model.language_model
     for t in range(T):
         logits = model.lm_head(hidden).float()  # [rows,V]
@@ -430,8 +434,9 @@ def rollout(model, processor, problems, config) -> Rollouts:
     response_ids = response_ids[..., :T] * mask
     # Special tokens stay in the text, because the tags of the format may be special, too.
     kept = mask & ~torch.isin(response_ids, stop)
-    groups = zip(response_ids, kept)
-    texts = [[processor.decode(ids[k]) for ids, k in zip(*group)] for group in groups]
+    texts = []
+    for group, kept_of_group in zip(response_ids, kept):
+        texts.append([processor.decode(ids[k]) for ids, k in zip(group, kept_of_group)])
     return Rollouts(prompts, response_ids, mask, texts)
 
 
@@ -525,8 +530,8 @@ def packed_attention(module, query, key, value, lengths, **options):
     # Under autocast, rope returns queries and keys of fp32.
     queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
     outputs = []
-    for g, (q, k, v) in enumerate(zip(queries, keys, values)):
-        if g > 0:  # a response
+    for q, k, v in zip(queries, keys, values):
+        if outputs:  # the prompt is done: a response
             k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
         causal = causal_lower_right(q.shape[2], k.shape[2])
         output = scaled_dot_product_attention(
@@ -570,11 +575,9 @@ class Policy(torch.nn.Module):
         """Log-probabilities [N,T] of the N responses `part` to prompt b; 0 in the padding."""
         if rollouts is None:  # see `shard`
             return None
-        model, mask = self.model, rollouts.mask[b, part]
-        response_ids, inputs = (
-            rollouts.response_ids[b, part],
-            model_inputs(model, rollouts.prompts[b]),
-        )
+        model = self.model
+        inputs = model_inputs(model, rollouts.prompts[b])
+        response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part]
         row, predecessors = pack_group(inputs, response_ids, mask)
         with AUTOCAST:
             hidden = model.model(**row, use_cache=False).last_hidden_state[0, predecessors]  # [L,H]
@@ -674,19 +677,14 @@ def grpo_loss(
 def train(config, rollout=rollout):
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
     state = prepare(config, rollout)
-    with tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0) as bar:
-        while state.step < len(state.steps):
-            problems = start_step(state, config)  # the next ones of the ladder
-
-            with unsharded(state.policy) as policy:
-                rollouts = rollout(policy.model, state.processor, problems, config)
-            scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
-            check_rollouts(state, rollouts, problems, scores)
-            scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
-            metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
-
-            bar.update()
-            finish_step(state, problems, rollouts, scores, metrics, config, rollout)
+    for problems in next_problems(state, config):  # of the ladder, a step's at a time
+        with unsharded(state.policy) as policy:
+            rollouts = rollout(policy.model, state.processor, problems, config)
+        scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
+        check_rollouts(state, rollouts, problems, scores)
+        scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
+        metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
+        finish_step(state, problems, rollouts, scores, metrics, config, rollout)
     return finish_run(state, config, rollout)
 
 
@@ -726,11 +724,12 @@ def update(state, rollouts, advantages, config):
         state.updates += 1
 
     loss, responses, kl, clipped = sum(gather(sums))
+    finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "loss": loss / (state.updates - first_update),
         "kl": kl / max(1, responses) if config.kl_coef else math.nan,
         "clip_fraction": clipped / max(1, responses),
-        "grad_norm": np.nanmean(norms or [math.nan]),
+        "grad_norm": np.mean(finite) if finite else math.nan,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "optimizer_step": state.updates,
         "skipped_updates": len(state.skipped),
@@ -774,8 +773,11 @@ def make_optimizer(policy, config):
 @contextmanager
 def reference_policy(state):
     """The policy before training: a copy of it, or the policy with its adapters off."""
-    with state.adapters.disable_adapter() if state.adapters else nullcontext():
-        yield state.reference or state.policy
+    if state.adapters:
+        with state.adapters.disable_adapter():
+            yield state.policy
+    else:
+        yield state.reference
 
 
 # ==================================================================================================
@@ -991,11 +993,14 @@ def prepare(config, rollout):
     return state
 
 
-def start_step(state, config):
-    """The problems of this process in the next step."""
-    state.clock = time.time()
-    set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
-    return read_problems(state.problems, state.steps[state.step][RANK::WORLD])
+def next_problems(state, config):
+    """The problems of this process in each step that is left."""
+    left = range(state.step, len(state.steps))
+    bar = {"initial": state.step, "total": len(state.steps), "unit": "step", "disable": RANK > 0}
+    for step in tqdm(left, "training", **bar):
+        state.clock = time.time()
+        set_seed(config.seed, step, RANK)  # all that is random in a step follows from it
+        yield read_problems(state.problems, state.steps[step][RANK::WORLD])
 
 
 def check_rollouts(state, rollouts, problems, scores):
