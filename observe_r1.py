@@ -327,7 +327,7 @@ def model_inputs(model, prompt):
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values of one layer in one tensor [2,N,heads,P+T,size], with room for T tokens.
+    """Keys and values of one layer in one tensor [N,2,heads,P+T,size], with room for T tokens.
 
     The library's own cache copies all of them for each new token.
     """
@@ -337,33 +337,37 @@ class FixedLayer(DynamicLayer):
         self.buffer, self.length = buffer, length
 
     def update(self, keys, values, *args, **kwargs):
-        self.buffer[..., self.length, :] = torch.stack((keys, values))[..., 0, :]
+        self.buffer[..., self.length, :] = torch.stack((keys, values), 1)[..., 0, :]
         self.length += 1
-        return self.buffer[..., : self.length, :]
+        return self.buffer[..., : self.length, :].unbind(1)
 
     def batch_select_indices(self, indices):
-        self.buffer = self.buffer[:, indices]
+        self.buffer = self.buffer[indices]
 
 
 def read_prompts(model, prompts, config):
     """The forward pass over each prompt alone, repeated for its G responses: N rows.
 
     Returns the hidden state that predicts the first response token [N,H], the position of the last
-    prompt token and the number of prompt tokens [N], and the cache, padded on the left.
+    prompt token [N], and padded on the left what attention adds to its scores [N,1,1,P+T] (0, or
+    minus infinity for padding) and the cache.
     """
-    G, T, rows, caches = config.num_generations, config.max_new_tokens, [], []
+    P, T = max(prompt["input_ids"].shape[1] for prompt in prompts), config.max_new_tokens
+    rows = []
     for prompt in prompts:
         inputs, cache = model_inputs(model, prompt), DynamicCache()
         hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
-        rows.append((hidden, inputs["position_ids"].amax((0, 2)), inputs["attention_mask"].sum(-1)))
+        position = inputs["position_ids"].amax((0, 2))
+        padding = P - inputs["input_ids"].shape[1]
+        mask = hidden.new_zeros((1, 1, 1, P + T), dtype=DTYPE)
+        mask[..., :padding] = -math.inf
         # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
-        caches.append([torch.stack((x.keys, x.values)).to(DTYPE) for x in cache.layers])
-    hidden, position, length = (torch.cat(x).repeat_interleave(G, 0) for x in zip(*rows))
-    P, layers = int(length.max()), []
-    for parts in zip(*caches):  # [2,1,heads,n,size] of each prompt
-        parts = [pad(part, (0, 0, P - part.shape[3], T)) for part in parts]
-        layers.append(FixedLayer(torch.cat(parts, 1).repeat_interleave(G, 1), P))
-    return hidden, position, length, Cache(layers)
+        both = [torch.stack((layer.keys, layer.values), 1).to(DTYPE) for layer in cache.layers]
+        buffers = [pad(values, (0, 0, padding, T)) for values in both]
+        rows.append((hidden, position, mask, *buffers))
+    repeated = [torch.cat(x).repeat_interleave(config.num_generations, 0) for x in zip(*rows)]
+    hidden, position, mask, *buffers = repeated
+    return hidden, position, mask, Cache([FixedLayer(buffer, P) for buffer in buffers])
 
 
 @torch.no_grad()
@@ -372,10 +376,9 @@ def sample(model, prompts, stop, config):
 
     stop: tensor of the tokens that end a response.
     """
-    hidden, position, length, cache = read_prompts(model, prompts, config)
-    N, P, T = len(hidden), int(length.max()), config.max_new_tokens
-    padding = torch.arange(P + T, device=model.device) < P - length[:, None, None, None]
-    mask = torch.where(padding, -math.inf, 0.0).to(DTYPE)  # is added to the scores of attention
+    hidden, position, mask, cache = read_prompts(model, prompts, config)
+    N, T = len(hidden), config.max_new_tokens
+    P = mask.shape[-1] - T
     response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
     response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
     going = lengths == 0  # the responses that have not stopped: all
@@ -834,22 +837,24 @@ def accuracy_interval(solved, num_samples):
     Several responses to a problem tell less than as many problems would: n, the number of answers
     that count, follows from the spread of `solved` and lies between problems and responses.
     """
-    p, n, z = np.mean(solved), len(solved), 1.96
+    p, n, z2 = np.mean(solved), len(solved), 1.96**2
     if np.var(solved) > 0:
         n *= np.clip(p * (1 - p) / np.var(solved), 1, num_samples)
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+    middle = p + z2 / (2 * n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2)))
+    return [(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)]
 
 
 def evaluate(model, processor, problems, config, file, rollout=rollout):
     """Accuracy with its 95 % interval, format, length; all responses go to the file."""
-    samples = config.num_samples or 1
-    temperature = config.temperature if config.num_samples else GREEDY
-    config = replace(config, num_generations=samples, temperature=temperature)
+    config = replace(config, num_generations=config.num_samples or 1)
+    if config.num_samples == 0:
+        config.temperature = GREEDY
     rows = score_problems(model, processor, problems, config, file, rollout=rollout)
     result = mean_scores(rows, ("accuracy", "format", "response_length"))
     solved = [np.mean(row["accuracy"]) for row in rows]
-    return {**result, "interval": accuracy_interval(solved, samples), "n": len(rows)}
+    interval = accuracy_interval(solved, config.num_generations)
+    return {**result, "interval": interval, "n": len(rows)}
 
 
 def evaluate_model(config):
@@ -1196,10 +1201,9 @@ def window_attention(module, query, key, value, cu_seq_lens_q, scaling, **option
     lengths, output = cu_seq_lens_q.diff(), torch.empty_like(value)
     for n in lengths.unique().tolist():
         own = (lengths == n).repeat_interleave(lengths)  # the patches in windows of this length
-        windows = [x[0, :, own].unflatten(1, (-1, n)) for x in (query, key, value)]
-        q, k, v = (x.transpose(0, 1).to(value.dtype) for x in windows)  # [windows,heads,n,size]
-        attended = scaled_dot_product_attention(q, k, v, scale=scaling)
-        output[0, :, own] = attended.transpose(0, 1).flatten(1, 2)
+        q, k, v = (x[0, :, own].unflatten(1, (-1, n)) for x in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, scale=scaling)  # [heads,windows,n,size]
+        output[0, :, own] = attended.flatten(1, 2)
     return output.transpose(1, 2), None
 
 
