@@ -61,7 +61,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils import process_vision_info, smart_resize
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -890,7 +890,7 @@ class TrainState:
     processor: object
     problems: datasets.Dataset
     held_out: datasets.Dataset | None
-    steps: list[list[int]]  # row numbers of the prompts of each step
+    steps: list  # row numbers of the prompts of each step
     num_updates: int  # optimiser steps of the whole run
     policy: Policy
     adapters: object | None  # peft's view of the model, with --lora_rank
@@ -898,31 +898,31 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     updates: int = 0
-    skipped: list[int] = field(default_factory=list)  # updates whose gradient was NaN or infinite
-    signals: list[int] = field(default_factory=list)  # Ctrl-C or SIGTERM, if they came
+    skipped: list = field(default_factory=list)  # updates whose gradient was NaN or infinite
+    stopping: bool = False  # Ctrl-C or SIGTERM came
     clock: float = 0.0  # when the step began
 
 
 def start(config):
     """(folder, processor, problems, held-out problems). A run that is replaced is moved aside."""
     output, options = Path(config.output_dir), asdict(config)
-    for name in ("resume", "overwrite", "config"):
+    for name in ("resume", "overwrite", "config"):  # these belong to one start alone
         del options[name]
     content = b"".join(Path(file).read_bytes() for file in (config.data, config.eval_data) if file)
     options["content"] = hashlib.sha256(content).hexdigest()  # of the problems
-    taken = output.exists() and any(path.name != "data" for path in output.iterdir())
+    taken = {path.name for path in output.glob("*")} - {"data"}
     if taken and not config.resume and not config.overwrite:
         raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if config.resume:
         before = json.loads((output / "config.json").read_text())
-        changed = {name for name in options if options[name] != before.get(name)} - MAY_CHANGE
+        changed = dict(options.items() - before.items()).keys() - MAY_CHANGE
         if changed:
             raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
     if WORLD > 1:  # processes may end a long rollout hours apart
         torch.distributed.init_process_group(BACKENDS, timeout=timedelta(days=1))
     torch.use_deterministic_algorithms(DEVICE.type == "cpu")
     if RANK == 0 and taken and not config.resume:
-        aside = output.with_name(f"{output.name}.old")
+        aside = Path(f"{output}.old")
         shutil.rmtree(aside, ignore_errors=True)
         output.rename(aside)
     gather(None)  # the others wait for it
@@ -963,7 +963,8 @@ def add_adapters(model, config):
 
 def prepare(config, rollout):
     """Everything that training needs; says what is going to happen."""
-    output, processor, problems, held_out = start(config)
+    run = start(config)
+    problems = run[2]
     steps = training_steps(problems, config)
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     if len(steps[-1]) < WORLD:
@@ -980,12 +981,12 @@ def prepare(config, rollout):
     policy, reference = shard(Policy(model)), None
     if config.kl_coef and not adapters:
         model = load_model(config, torch.float32, HOME).eval().requires_grad_(False)
-        for part in model.model.modules() if WORLD == 1 else ():  # FSDP wants one dtype in a layer
-            if isinstance(part, torch.nn.Linear):
+        for part in model.model.modules():
+            if isinstance(part, torch.nn.Linear) and WORLD == 1:  # FSDP wants one dtype in a layer
                 part.to(DTYPE)  # autocast rounds these weights anyway
         reference = shard(Policy(model))
-    models = (policy, adapters, reference, make_optimizer(policy, config))
-    state = TrainState(output, processor, problems, held_out, steps, updates, *models)
+    optimizer = make_optimizer(policy, config)
+    state = TrainState(*run, steps, updates, policy, adapters, reference, optimizer)
     say(
         f"{len(steps)} steps x {len(steps[0])} of {len(problems)} problems x "
         f"{config.num_generations} responses, {updates} optimiser steps, {WORLD} x {DEVICE.type}"
@@ -1010,14 +1011,13 @@ def next_problems(state, config):
 
 def check_rollouts(state, rollouts, problems, scores):
     """ValueError for a rollout that breaks its contract; a warning if the first earns nothing."""
-    tokens, banned = (
-        rollouts.response_ids[rollouts.mask].tolist(),
-        vision_tokens(state.policy.model),
-    )
-    if not rollouts.mask.any(-1).all() or {*tokens} & {*banned}:
+    banned = vision_tokens(state.policy.model)
+    sampled = {*rollouts.response_ids[rollouts.mask].tolist()}
+    if not rollouts.mask.any(-1).all() or sampled & {*banned}:
         raise ValueError(f"a response has no token, or one of {banned}, which stand for pictures")
-    for name in ("accuracy", "format") if state.step == 0 else ():
-        if sum(gather(scores[name].sum().item())) == 0:
+    for name in ("accuracy", "format"):
+        earned = sum(gather(scores[name].sum().item()))
+        if state.step == 0 and earned == 0:
             text = rollouts.texts[0][0]
             say(
                 f"warning: no response of the first step earned anything for {name}. One of them:\n"
@@ -1035,9 +1035,9 @@ def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
         metrics["eval_accuracy"] = measure(state, state.step, config, rollout)["accuracy"]
     metrics["seconds"] = time.time() - state.clock
     log_step(state, response_rows(problems, rollouts, scores), scores, metrics)
-    if state.skipped[-3:] == list(range(state.updates - 3, state.updates)):
+    if state.skipped[-3:-2] == [state.updates - 3]:  # and so the two after it
         raise ValueError(f"NaN or infinite gradients in three updates up to step {state.step}")
-    stopping = any(gather(bool(state.signals)))  # a signal may reach one process alone
+    stopping = any(gather(state.stopping))  # a signal may reach one process alone
     if stopping or config.save_steps and state.step % config.save_steps == 0:
         save_checkpoint(state)
     if stopping:
@@ -1087,8 +1087,8 @@ def load_problems(file, processor, config):
         try:
             check_problem(problems[row], processor, config)
         except (ValueError, OSError) as error:
-            faults.append((row, f"row {row}: {error}"))
-    faults = [fault for _, fault in sorted(gather_lists(faults))]
+            faults.append(f"row {row}: {error}")
+    faults = gather_lists(faults)
     if faults or not len(problems):
         raise ValueError("\n  ".join([f"{file}: {len(faults)} unusable rows", *faults[:20]]))
     return problems
@@ -1101,20 +1101,24 @@ def check_problem(problem, processor, config):
         raise ValueError("the question or the answer is empty")
     if question.count(MARK) not in (0, len(pictures)):
         raise ValueError(f"{question.count(MARK)} marks {MARK} for {len(pictures)} pictures")
-    tokenizer, maker = processor.tokenizer, processor.image_processor
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if found := [token for token in tokens if token in question]:
+    tokenizer = processor.tokenizer
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if found := [token for token in special if token in question]:
         raise ValueError(f"the question holds the control tokens {found}")
     text = prompt_text(chat_messages(problem, config), processor)
     if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
         raise ValueError(f"the model's chat template begins the response: take {opened[0]} out")
     length = len(tokenizer(text)["input_ids"])
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
     for stored in pictures:  # the text holds one token for each
         picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
         if picture.mode not in ("L", "RGB"):  # 16 bits or transparent parts would be shown wrong
             raise ValueError(f"a picture in {picture.mode}, not RGB or L; run tools/convert.py")
-        patches = maker.get_number_of_image_patches(picture.height, picture.width)
-        length += patches // maker.merge_size**2 - 1
+        # A token is a square of the picture as process_vision_info resizes it.
+        area = math.prod(smart_resize(*picture.size, side, config.min_pixels, config.max_pixels))
+        if area == 0:
+            raise ValueError("a picture is so thin that --max_pixels leaves nothing of it")
+        length += area // side**2 - 1
     if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
         raise ValueError(f"the prompt has {length} tokens; a smaller --max_pixels makes it shorter")
 
@@ -1297,13 +1301,11 @@ def tensors_of(state):
 def save_checkpoint(state):
     """Write checkpoint-N. Its file .metadata comes last and says that the rest is whole."""
     folder = state.output / f"checkpoint-{state.step}"
+    position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
+    position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
     if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
-        position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
+        folder.mkdir(exist_ok=True)  # it is there if a save was killed
         (folder / "position.json").write_text(json.dumps(position))
-    gather(None)  # the others wait for the folder
     dcp.save(tensors_of(state), checkpoint_id=folder)
     if RANK == 0:
         rotate_checkpoints(state.output, 2)
@@ -1311,7 +1313,7 @@ def save_checkpoint(state):
 
 def restore(state):
     """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
-    folders = map(Path, sort_checkpoints(state.output))
+    folders = [Path(folder) for folder in sort_checkpoints(state.output)]
     whole = [folder for folder in folders if (folder / ".metadata").exists()]
     if not whole:
         raise ValueError(f"{state.output} holds no whole checkpoint; --overwrite true starts anew")
@@ -1322,8 +1324,9 @@ def restore(state):
     logs = position.pop("logs")
     vars(state).update(position)  # step, updates, skipped
     gather(None)  # all have read
-    for log in state.output.glob("*.jsonl") if RANK == 0 else ():
-        os.truncate(log, logs.get(log.name, 0))  # what came after the checkpoint will come again
+    if RANK == 0:
+        for log in state.output.glob("*.jsonl"):  # what came after the checkpoint comes again
+            os.truncate(log, logs.get(log.name, 0))
     say(f"goes on after step {state.step}, from {whole[-1]}")
 
 
@@ -1358,9 +1361,9 @@ def stop_on_signals(state):
     """
 
     def note(number, frame):
-        if state.signals:
+        if state.stopping:
             raise KeyboardInterrupt
-        state.signals.append(number)
+        state.stopping = True
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
