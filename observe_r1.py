@@ -50,7 +50,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -510,7 +510,7 @@ def pack_group(inputs, response_ids, mask):
     # Rope has three axes. Text advances all of them together, from the largest value that any axis
     # reached in the prompt, because a picture advances each axis by a different amount.
     positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
-    previous = torch.arange(P - 1, P - 1 + len(nth), device=mask.device)
+    previous = torch.arange(len(nth), device=mask.device) + P - 1
     predecessors = previous.where(nth > 1, P - 1)  # a first token follows the prompt
     row = {
         **inputs,
@@ -561,10 +561,9 @@ def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
 
     if len(targets) <= chunk:  # its backward pass follows at once: nothing to gain
         return log_probs_of(hidden, targets)
-    parts = []
-    for part in zip(hidden.split(chunk), targets.split(chunk)):
-        parts.append(torch.utils.checkpoint.checkpoint(log_probs_of, *part, use_reentrant=False))
-    return torch.cat(parts)
+    recomputed = torch.utils.checkpoint.checkpoint
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([recomputed(log_probs_of, *part, use_reentrant=False) for part in chunks])
 
 
 class Policy(torch.nn.Module):
@@ -769,8 +768,9 @@ def learning_rate_scale(update, num_updates, warmup_ratio):
 def make_optimizer(policy, config):
     """AdamW on what is trained."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    how = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
-    return torch.optim.AdamW(trained, config.learning_rate, **how)
+    return torch.optim.AdamW(
+        trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
 
 
 @contextmanager
@@ -896,9 +896,9 @@ class TrainState:
     adapters: object | None  # peft's view of the model, with --lora_rank
     reference: Policy | None  # None with --kl_coef 0, and with adapters, which can be switched off
     optimizer: torch.optim.Optimizer
+    skipped: list  # updates whose gradient was NaN or infinite
     step: int = 0
     updates: int = 0
-    skipped: list = field(default_factory=list)  # updates whose gradient was NaN or infinite
     stopping: bool = False  # Ctrl-C or SIGTERM came
     clock: float = 0.0  # when the step began
 
@@ -914,7 +914,7 @@ def start(config):
     if taken and not config.resume and not config.overwrite:
         raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if config.resume:
-        before = json.loads((output / "config.json").read_text())
+        before = read_json(output / "config.json")
         changed = dict(options.items() - before.items()).keys() - MAY_CHANGE
         if changed:
             raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
@@ -933,8 +933,7 @@ def start(config):
         raise ValueError(f"--model {config.model} is no Qwen2.5-VL")
     problems = load_problems(config.data, processor, config)
     held_out = load_problems(config.eval_data, processor, config) if config.eval_data else None
-    if RANK == 0:
-        (output / "config.json").write_text(json.dumps(options, indent=1))
+    write_json(output / "config.json", options)
     return output, processor, problems, held_out
 
 
@@ -986,7 +985,7 @@ def prepare(config, rollout):
                 part.to(DTYPE)  # autocast rounds these weights anyway
         reference = shard(Policy(model))
     optimizer = make_optimizer(policy, config)
-    state = TrainState(*run, steps, updates, policy, adapters, reference, optimizer)
+    state = TrainState(*run, steps, updates, policy, adapters, reference, optimizer, skipped=[])
     say(
         f"{len(steps)} steps x {len(steps[0])} of {len(problems)} problems x "
         f"{config.num_generations} responses, {updates} optimiser steps, {WORLD} x {DEVICE.type}"
@@ -1077,7 +1076,7 @@ def load_problems(file, processor, config):
         if not all("string" in str(schema.field(name).type) for name in ("question", "answer")):
             raise ValueError("a question or an answer is no text")  # 1.1, or 1.100000023?
         features = datasets.Features({name: COLUMNS[name] for name in schema.names})
-        folder = str(Path(config.output_dir) / "data")  # shared by all processes
+        folder = f"{config.output_dir}/data"  # shared by all processes
         problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         mend = "`python tools/convert.py` makes a file that fits"
@@ -1097,7 +1096,7 @@ def load_problems(file, processor, config):
 def check_problem(problem, processor, config):
     """ValueError for a problem that would train silently wrong; no picture is decoded."""
     question, pictures = problem["question"], problem["images"]
-    if not (question or "").strip() or not (problem["answer"] or "").strip():
+    if not all((problem[name] or "").strip() for name in ("question", "answer")):
         raise ValueError("the question or the answer is empty")
     if question.count(MARK) not in (0, len(pictures)):
         raise ValueError(f"{question.count(MARK)} marks {MARK} for {len(pictures)} pictures")
@@ -1235,8 +1234,9 @@ def cache_memory(config):
 def fixed_log_probs(policy, rollouts, prompts, config):
     """`response_log_probs` without gradients."""
     with torch.no_grad(), unsharded(policy):
-        # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
-        # would prefetch another layer there than elsewhere, and all would wait for ever.
+        # At least one pass, of prompt 0 if none is trained: FSDP fetches layers ahead in the order
+        # of the last pass. A process that made none here would follow the sampler's order and ask
+        # for another layer than the rest, and all would wait for ever.
         return response_log_probs(policy, rollouts, config, prompts or [0])
 
 
@@ -1245,14 +1245,15 @@ def minibatches(rollouts, trained, config):
 
     All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
     Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
-    equally often, or FSDP waits for ever: passes without responses, of gradient 0, fill up.
+    equally often, or FSDP waits for ever: who has fewer passes makes some of no responses, whose
+    gradient is 0.
     """
     total = sum(gather(len(rollouts.prompts)))
     for numbers in np.array_split(np.arange(total), math.ceil(total / config.minibatch_prompts)):
         mine = [b for b in trained if b * WORLD + RANK in numbers]
         passes = plan_passes(rollouts, mine, config)
         missing = max(gather(len(passes))) - len(passes)
-        yield len(numbers), passes + [(0, slice(0))] * missing
+        yield len(numbers), passes + [(0, [])] * missing
 
 
 def backward(loss):
@@ -1303,9 +1304,8 @@ def save_checkpoint(state):
     folder = state.output / f"checkpoint-{state.step}"
     position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
     position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
-    if RANK == 0:
-        folder.mkdir(exist_ok=True)  # it is there if a save was killed
-        (folder / "position.json").write_text(json.dumps(position))
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "position.json", position)
     dcp.save(tensors_of(state), checkpoint_id=folder)
     if RANK == 0:
         rotate_checkpoints(state.output, 2)
@@ -1320,7 +1320,7 @@ def restore(state):
     tensors = tensors_of(state)
     dcp.load(tensors, checkpoint_id=whole[-1])
     dcp_state.set_state_dict(state.policy, state.optimizer, **tensors, options=TRAINED)
-    position = json.loads((whole[-1] / "position.json").read_text())
+    position = read_json(whole[-1] / "position.json")
     logs = position.pop("logs")
     vars(state).update(position)  # step, updates, skipped
     gather(None)  # all have read
@@ -1348,7 +1348,7 @@ def save_final(state, config):
     model.save_pretrained(folder)
     state.processor.save_pretrained(folder)
     shaped = {name: getattr(config, name) for name in SHAPES_PROMPTS}
-    (folder / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
+    write_json(folder / "observe_r1.json", shaped)
 
 
 # -------------------------------------------------------------------------------- logs and signals
@@ -1367,6 +1367,17 @@ def stop_on_signals(state):
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
+
+
+def read_json(file):
+    """What a JSON file holds."""
+    return json.loads(file.read_text())
+
+
+def write_json(file, content):
+    """Write a JSON file, once, not once per process."""
+    if RANK == 0:
+        file.write_text(json.dumps(content, indent=1))
 
 
 def read_log(file):
@@ -1388,8 +1399,7 @@ def append_log(file, rows):
 def write_result(file, content):
     """Write and print the result of a command, to four digits."""
     content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
-    if RANK == 0:
-        file.write_text(json.dumps(content, indent=1))
+    write_json(file, content)
     say(f"{file}: {json.dumps(content)}")
     return content
 
@@ -1459,7 +1469,7 @@ def parse_arguments(words):
     model = given.get("model", Config.model)
     trained = Path(f"{model}/observe_r1.json")
     if trained.exists():  # what shaped the prompts of its training
-        given = json.loads(trained.read_text()) | given
+        given = read_json(trained) | given
         say(f"{trained} says how the model was prompted; options that are given win")
     config = Config(**{"output_dir": f"runs/{command}", **given})
     check_config(config)
@@ -1469,7 +1479,7 @@ def parse_arguments(words):
 def read_options(file):
     """The options of a JSON file; a path in it may start at the file's own folder."""
     try:
-        options = dict(json.loads(file.read_text()))
+        options = dict(read_json(file))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is no JSON object of options: {error}") from error
     options.pop("content", None)  # a run adds it to its own
