@@ -35,11 +35,11 @@ prompts, L tokens of responses in a flat list, H hidden size, V vocabulary. `mod
 Qwen2_5_VLForConditionalGeneration.
 """
 
+import argparse
 import difflib
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -49,8 +49,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,7 +61,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils import process_vision_info, smart_resize
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -78,7 +78,7 @@ import rewards
 
 @dataclass
 class Config:
-    """Defaults are the published run. The comment beside a field is its help, with its least value."""
+    """Defaults are the published run. A field's comment is its help, and names its least value."""
 
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # folder or hub id of a Qwen2.5-VL
     data: str = ""  # Parquet file of problems, as tools/convert.py writes it; without it, the toy
@@ -144,11 +144,11 @@ def chat_messages(problem, config):
     if MARK not in question:
         question = MARK * len(pictures) + question
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    content = []
-    for text, picture in itertools.zip_longest(question.split(MARK), pictures):
+    first, *texts = question.split(MARK)
+    content = [{"type": "text", "text": first}]
+    for picture, text in zip(pictures, texts):
+        content.append({"type": "image", "image": picture, **limits})
         content.append({"type": "text", "text": text})
-        if picture is not None:
-            content.append({"type": "image", "image": picture, **limits})
     system = config.system_prompt or PROMPTS["observe" if config.observe else "think"]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
@@ -164,8 +164,8 @@ def encode_prompts(problems, processor, config):
     for problem in problems:
         messages = chat_messages(problem, config)
         images, _ = process_vision_info(messages)  # resizes, so the processor must not do it again
-        how = {"do_resize": False, "return_tensors": "pt"}
-        prompts.append(processor(text=prompt_text(messages, processor), images=images, **how))
+        text = prompt_text(messages, processor)
+        prompts.append(processor(text=text, images=images, do_resize=False, return_tensors="pt"))
     return prompts
 
 
@@ -185,59 +185,49 @@ def mix_ladder(difficulty, complexity, seed=0):
     seven levels of equal width, for 8 responses 1/8, 2/8, ... 7/8. Within a level, problems with
     short responses come first, because they take less reasoning.
 
-    The sizes of the stages are those of their levels, corrected as in the paper where a level is as
-    large as there. The shares of the paper's figure are then scaled, by stages and by levels in
-    turn, until each stage is full and each level used up, which works for any mixture of levels.
+    Each level sends the same shares of its problems to the nine stages as in the paper's ladder.
     """
-    # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
-    # then how many of 1,000 problems are of that level, and how many in that stage.
+    # A line per stage, a column per level: how many of 1,000 problems of the paper's ladder stand
+    # there. The shares in its figure, read off to about .01, scaled until levels and stages add up.
     figure = """
-        .29 .18  .19  .19  .17  0    0    0    0     15  42
-        .05 .50  .15  .155 .15  0    0    0    0     35  42
-        .02 .08  .51  .17  .23  0    0    0    0     50  54
-        0   .03  .07  .505 .21  .19  0    0    0     75  80
-        0   0    .03  .07  .58  .19  .14  0    0    135 112
-        0   0    0    .03  .10  .575 .15  .15  0    150 132
-        0   0    0    0    .05  .12  .54  .18  .12  150 155
-        0   0    0    0    .02  .055 .10  .685 .14  200 178
-        0   0    0    0    .02  .05  .07  .15  .72  190 206"""
-    table = np.array(figure.split(), dtype=float).reshape(9, 11)
-    share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
+        11.9  7.4  7.8  7.8  7.0  0    0    0    0
+        2.1  20.9  6.2  6.5  6.3  0    0    0    0
+        1.1   4.3 27.2  9.1 12.4  0    0    0    0
+        0     2.4  5.5 40.0 16.8 15.2  0    0    0
+        0     0    3.3  7.7 64.2 21.1 15.6  0    0
+        0     0    0    3.9 13.1 75.4 19.7 19.8  0
+        0     0    0    0    7.6 18.4 82.8 27.7 18.4
+        0     0    0    0    3.5  9.7 17.7 121.9 24.9
+        0     0    0    0    4.1 10.2 14.2 30.6 146.7"""
+    paper = np.array(figure.split(), dtype=float).reshape(9, 9)
+    difficulty = np.asarray(difficulty)
+    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 1e-9: rounding
+    level_size, n = np.bincount(level, minlength=9), len(level)
+    asked = paper / paper.sum(0) * level_size  # [stage,level]
 
-    # 1e-9, because 1 - 6/7 may come out below 1/7.
-    level = np.digitize(np.add(difficulty, 1e-9), [2e-9, *(np.arange(1, 8) / 7)])
-    level_size = np.bincount(level, minlength=9)
-    correction = np.minimum(len(level), level_size / paper_level)
-    stage_size = level_size + (paper_stage - paper_level) * correction
-    for _ in range(500):
-        share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
-        share *= level_size / share.sum(0).clip(1e-12)
-
-    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then
-    # all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
+    # Where one level is much larger than its neighbours, stages might swell with it, or get easier
+    # from one to the next. Then all stages are drawn nearer to their own levels, at last entirely.
     for own in np.linspace(0, 1, 21):
-        mixed = (1 - own) * share + own * np.diag(level_size)
-        ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
-        counts = np.diff(ends, axis=0, prepend=0)
-        size, n = counts.sum(1), len(level)
-        mean = (counts @ np.arange(9) / 8 / size.clip(1))[100 * size >= 3 * n]
-        vanishes = (size == 0) & (100 * level_size >= 3 * n)
+        mixed = (1 - own) * asked + own * np.diag(level_size)
+        ends = np.rint(mixed.cumsum(0)).astype(int)
+        counts = np.diff(ends, axis=0, prepend=0)  # [stage,level]
+        size = counts.sum(1)
+        mean = counts @ np.arange(9) / 8 / size.clip(1)  # difficulty
         swells = size > 1.6 * level_size + n / 20
-        if not (vanishes | swells).any() and not (np.diff(mean) < -0.02).any():
+        falls = np.diff(mean[size >= 0.03 * n]) < -0.02
+        if not swells.any() and not falls.any():
             break
 
-    generator = np.random.default_rng(seed)
-    by_length = np.argsort(complexity, kind="stable")
-    stage, place = np.zeros((2, len(level)))  # place: within the stage, from 0 to 1
-    for number in range(9):  # of the level
-        members = by_length[level[by_length] == number]
-        for s, part in enumerate(np.split(members, ends[:-1, number])):
-            # Evenly over the stage, each a little to the right by chance: exactly even places would
-            # beat against the even stride with which --max_steps thins the ladder.
-            stage[part] = s
-            place[part] = (np.arange(len(part)) + generator.random(len(part))) / len(part)
+    # Each level is cut into its parts for the nine stages, and each part spread evenly over its
+    # stage, every problem a little to the right by chance: exactly even places would beat against
+    # the even stride with which --max_steps thins the ladder.
+    by_length = np.lexsort((complexity, level))  # level by level, in each the short ones first
+    parts = counts.T.flatten()
+    stage = np.tile(np.arange(9), 9).repeat(parts)
+    nth = np.concatenate([np.arange(k) for k in parts])  # within the part
+    place = (nth + np.random.default_rng(seed).random(n)) / parts.repeat(parts)  # from 0 to 1
     order = np.lexsort((place, stage))
-    return order, stage[order].astype(int)
+    return by_length[order], stage[order]
 
 
 def select_problems(difficulty, complexity):
@@ -282,9 +272,14 @@ def ladder(config):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
-    names = ("raw", "checkable", "not_solved_without_reasoning", "never_solved", "ladder")
-    counts = dict(zip(names, map(len, (raw, checkable, unsolved, never_solved, kept))))
-    counts["stages"] = np.bincount(stage, minlength=9).tolist()
+    counts = {
+        "raw": len(raw),
+        "checkable": len(checkable),
+        "not_solved_without_reasoning": len(unsolved),
+        "never_solved": len(never_solved),
+        "ladder": len(kept),
+        "stages": np.bincount(stage, minlength=9).tolist(),
+    }
     return write_result(output / "summary.json", counts)
 
 
@@ -332,7 +327,7 @@ def model_inputs(model, prompt):
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values of one layer in one tensor [2,N,heads,P+T,size], with room for T tokens.
+    """Keys and values of one layer in one tensor [N,2,heads,P+T,size], with room for T tokens.
 
     The library's own cache copies all of them for each new token.
     """
@@ -342,33 +337,37 @@ class FixedLayer(DynamicLayer):
         self.buffer, self.length = buffer, length
 
     def update(self, keys, values, *args, **kwargs):
-        self.buffer[..., self.length, :] = torch.stack((keys, values))[..., 0, :]
+        self.buffer[..., self.length, :] = torch.stack((keys, values), 1)[..., 0, :]
         self.length += 1
-        return self.buffer[..., : self.length, :]
+        return self.buffer[..., : self.length, :].unbind(1)
 
     def batch_select_indices(self, indices):
-        self.buffer = self.buffer[:, indices]
+        self.buffer = self.buffer[indices]
 
 
 def read_prompts(model, prompts, config):
     """The forward pass over each prompt alone, repeated for its G responses: N rows.
 
     Returns the hidden state that predicts the first response token [N,H], the position of the last
-    prompt token and the number of prompt tokens [N], and the cache, padded on the left.
+    prompt token [N], and padded on the left what attention adds to its scores [N,1,1,P+T] (0, or
+    minus infinity for padding) and the cache.
     """
-    G, T, rows, caches = config.num_generations, config.max_new_tokens, [], []
+    P, T = max(prompt["input_ids"].shape[1] for prompt in prompts), config.max_new_tokens
+    rows = []
     for prompt in prompts:
         inputs, cache = model_inputs(model, prompt), DynamicCache()
         hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
-        rows.append((hidden, inputs["position_ids"].amax((0, 2)), inputs["attention_mask"].sum(-1)))
-        # Under autocast, rope makes keys of fp32, and attention wants them to be as the values.
-        caches.append([torch.stack((x.keys.to(x.values.dtype), x.values)) for x in cache.layers])
-    hidden, position, length = (torch.cat(x).repeat_interleave(G, 0) for x in zip(*rows))
-    P, layers = int(length.max()), []
-    for parts in zip(*caches):  # [2,1,heads,n,size] of each prompt
-        parts = [pad(part, (0, 0, P - part.shape[3], T)) for part in parts]
-        layers.append(FixedLayer(torch.cat(parts, 1).repeat_interleave(G, 1), P))
-    return hidden, position, length, Cache(layers)
+        position = inputs["position_ids"].amax((0, 2))
+        padding = P - inputs["input_ids"].shape[1]
+        mask = hidden.new_zeros((1, 1, 1, P + T), dtype=DTYPE)
+        mask[..., :padding] = -math.inf
+        # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
+        both = [torch.stack((layer.keys, layer.values), 1).to(DTYPE) for layer in cache.layers]
+        buffers = [pad(values, (0, 0, padding, T)) for values in both]
+        rows.append((hidden, position, mask, *buffers))
+    repeated = [torch.cat(x).repeat_interleave(config.num_generations, 0) for x in zip(*rows)]
+    hidden, position, mask, *buffers = repeated
+    return hidden, position, mask, Cache([FixedLayer(buffer, P) for buffer in buffers])
 
 
 @torch.no_grad()
@@ -377,13 +376,12 @@ def sample(model, prompts, stop, config):
 
     stop: tensor of the tokens that end a response.
     """
-    hidden, position, length, cache = read_prompts(model, prompts, config)
-    N, P, T = len(hidden), int(length.max()), config.max_new_tokens
-    padding = torch.arange(P + T, device=model.device) < P - length[:, None, None, None]
-    mask = torch.where(padding, -math.inf, 0.0).to(DTYPE)  # is added to the scores of attention
+    hidden, position, mask, cache = read_prompts(model, prompts, config)
+    N, T = len(hidden), config.max_new_tokens
+    P = mask.shape[-1] - T
     response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
     response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
-    going = response >= 0  # all
+    going = lengths == 0  # the responses that have not stopped: all
     decoder = model.model.language_model
     for t in range(T):
         logits = model.lm_head(hidden).float()  # [rows,V]
@@ -439,8 +437,9 @@ def rollout(model, processor, problems, config) -> Rollouts:
     response_ids = response_ids[..., :T] * mask
     # Special tokens stay in the text, because the tags of the format may be special, too.
     kept = mask & ~torch.isin(response_ids, stop)
-    groups = zip(response_ids, kept)
-    texts = [[processor.decode(ids[k]) for ids, k in zip(*group)] for group in groups]
+    texts = []
+    for group, kept_of_group in zip(response_ids, kept):
+        texts.append([processor.decode(ids[k]) for ids, k in zip(group, kept_of_group)])
     return Rollouts(prompts, response_ids, mask, texts)
 
 
@@ -511,7 +510,7 @@ def pack_group(inputs, response_ids, mask):
     # Rope has three axes. Text advances all of them together, from the largest value that any axis
     # reached in the prompt, because a picture advances each axis by a different amount.
     positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
-    previous = torch.arange(P - 1, P - 1 + len(nth), device=mask.device)
+    previous = torch.arange(len(nth), device=mask.device) + P - 1
     predecessors = previous.where(nth > 1, P - 1)  # a first token follows the prompt
     row = {
         **inputs,
@@ -534,8 +533,8 @@ def packed_attention(module, query, key, value, lengths, **options):
     # Under autocast, rope returns queries and keys of fp32.
     queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
     outputs = []
-    for g, (q, k, v) in enumerate(zip(queries, keys, values)):
-        if g > 0:  # a response
+    for q, k, v in zip(queries, keys, values):
+        if outputs:  # the prompt is done: a response
             k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
         causal = causal_lower_right(q.shape[2], k.shape[2])
         output = scaled_dot_product_attention(
@@ -562,10 +561,9 @@ def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
 
     if len(targets) <= chunk:  # its backward pass follows at once: nothing to gain
         return log_probs_of(hidden, targets)
-    parts = []
-    for part in zip(hidden.split(chunk), targets.split(chunk)):
-        parts.append(torch.utils.checkpoint.checkpoint(log_probs_of, *part, use_reentrant=False))
-    return torch.cat(parts)
+    recomputed = torch.utils.checkpoint.checkpoint
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([recomputed(log_probs_of, *part, use_reentrant=False) for part in chunks])
 
 
 class Policy(torch.nn.Module):
@@ -579,11 +577,9 @@ class Policy(torch.nn.Module):
         """Log-probabilities [N,T] of the N responses `part` to prompt b; 0 in the padding."""
         if rollouts is None:  # see `shard`
             return None
-        model, mask = self.model, rollouts.mask[b, part]
-        response_ids, inputs = (
-            rollouts.response_ids[b, part],
-            model_inputs(model, rollouts.prompts[b]),
-        )
+        model = self.model
+        inputs = model_inputs(model, rollouts.prompts[b])
+        response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part]
         row, predecessors = pack_group(inputs, response_ids, mask)
         with AUTOCAST:
             hidden = model.model(**row, use_cache=False).last_hidden_state[0, predecessors]  # [L,H]
@@ -683,19 +679,14 @@ def grpo_loss(
 def train(config, rollout=rollout):
     """Observe-R1. Returns the content of summary.json; `rollout` may be an engine of your own."""
     state = prepare(config, rollout)
-    with tqdm(state.steps, "training", unit="step", initial=state.step, disable=RANK > 0) as bar:
-        while state.step < len(state.steps):
-            problems = start_step(state, config)  # the next ones of the ladder
-
-            with unsharded(state.policy) as policy:
-                rollouts = rollout(policy.model, state.processor, problems, config)
-            scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
-            check_rollouts(state, rollouts, problems, scores)
-            scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
-            metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
-
-            bar.update()
-            finish_step(state, problems, rollouts, scores, metrics, config, rollout)
+    for problems in next_problems(state, config):  # of the ladder, a step's at a time
+        with unsharded(state.policy) as policy:
+            rollouts = rollout(policy.model, state.processor, problems, config)
+        scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
+        check_rollouts(state, rollouts, problems, scores)
+        scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
+        metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
+        finish_step(state, problems, rollouts, scores, metrics, config, rollout)
     return finish_run(state, config, rollout)
 
 
@@ -735,11 +726,12 @@ def update(state, rollouts, advantages, config):
         state.updates += 1
 
     loss, responses, kl, clipped = sum(gather(sums))
+    finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "loss": loss / (state.updates - first_update),
         "kl": kl / max(1, responses) if config.kl_coef else math.nan,
         "clip_fraction": clipped / max(1, responses),
-        "grad_norm": np.nanmean(norms or [math.nan]),
+        "grad_norm": np.mean(finite) if finite else math.nan,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "optimizer_step": state.updates,
         "skipped_updates": len(state.skipped),
@@ -776,15 +768,19 @@ def learning_rate_scale(update, num_updates, warmup_ratio):
 def make_optimizer(policy, config):
     """AdamW on what is trained."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    how = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
-    return torch.optim.AdamW(trained, config.learning_rate, **how)
+    return torch.optim.AdamW(
+        trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
 
 
 @contextmanager
 def reference_policy(state):
     """The policy before training: a copy of it, or the policy with its adapters off."""
-    with state.adapters.disable_adapter() if state.adapters else nullcontext():
-        yield state.reference or state.policy
+    if state.adapters:
+        with state.adapters.disable_adapter():
+            yield state.policy
+    else:
+        yield state.reference
 
 
 # ==================================================================================================
@@ -841,22 +837,24 @@ def accuracy_interval(solved, num_samples):
     Several responses to a problem tell less than as many problems would: n, the number of answers
     that count, follows from the spread of `solved` and lies between problems and responses.
     """
-    p, n, z = np.mean(solved), len(solved), 1.96
+    p, n, z2 = np.mean(solved), len(solved), 1.96**2
     if np.var(solved) > 0:
         n *= np.clip(p * (1 - p) / np.var(solved), 1, num_samples)
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+    middle = p + z2 / (2 * n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2)))
+    return [(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)]
 
 
 def evaluate(model, processor, problems, config, file, rollout=rollout):
     """Accuracy with its 95 % interval, format, length; all responses go to the file."""
-    samples = config.num_samples or 1
-    temperature = config.temperature if config.num_samples else GREEDY
-    config = replace(config, num_generations=samples, temperature=temperature)
+    config = replace(config, num_generations=config.num_samples or 1)
+    if config.num_samples == 0:
+        config.temperature = GREEDY
     rows = score_problems(model, processor, problems, config, file, rollout=rollout)
     result = mean_scores(rows, ("accuracy", "format", "response_length"))
     solved = [np.mean(row["accuracy"]) for row in rows]
-    return {**result, "interval": accuracy_interval(solved, samples), "n": len(rows)}
+    interval = accuracy_interval(solved, config.num_generations)
+    return {**result, "interval": interval, "n": len(rows)}
 
 
 def evaluate_model(config):
@@ -892,39 +890,39 @@ class TrainState:
     processor: object
     problems: datasets.Dataset
     held_out: datasets.Dataset | None
-    steps: list[list[int]]  # row numbers of the prompts of each step
+    steps: list  # row numbers of the prompts of each step
     num_updates: int  # optimiser steps of the whole run
     policy: Policy
     adapters: object | None  # peft's view of the model, with --lora_rank
     reference: Policy | None  # None with --kl_coef 0, and with adapters, which can be switched off
     optimizer: torch.optim.Optimizer
+    skipped: list  # updates whose gradient was NaN or infinite
     step: int = 0
     updates: int = 0
-    skipped: list[int] = field(default_factory=list)  # updates whose gradient was NaN or infinite
-    signals: list[int] = field(default_factory=list)  # Ctrl-C or SIGTERM, if they came
+    stopping: bool = False  # Ctrl-C or SIGTERM came
     clock: float = 0.0  # when the step began
 
 
 def start(config):
     """(folder, processor, problems, held-out problems). A run that is replaced is moved aside."""
     output, options = Path(config.output_dir), asdict(config)
-    for name in ("resume", "overwrite", "config"):
+    for name in ("resume", "overwrite", "config"):  # these belong to one start alone
         del options[name]
     content = b"".join(Path(file).read_bytes() for file in (config.data, config.eval_data) if file)
     options["content"] = hashlib.sha256(content).hexdigest()  # of the problems
-    taken = output.exists() and any(path.name != "data" for path in output.iterdir())
+    taken = {path.name for path in output.glob("*")} - {"data"}
     if taken and not config.resume and not config.overwrite:
         raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if config.resume:
-        before = json.loads((output / "config.json").read_text())
-        changed = {name for name in options if options[name] != before.get(name)} - MAY_CHANGE
+        before = read_json(output / "config.json")
+        changed = dict(options.items() - before.items()).keys() - MAY_CHANGE
         if changed:
             raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
     if WORLD > 1:  # processes may end a long rollout hours apart
         torch.distributed.init_process_group(BACKENDS, timeout=timedelta(days=1))
     torch.use_deterministic_algorithms(DEVICE.type == "cpu")
     if RANK == 0 and taken and not config.resume:
-        aside = output.with_name(f"{output.name}.old")
+        aside = Path(f"{output}.old")
         shutil.rmtree(aside, ignore_errors=True)
         output.rename(aside)
     gather(None)  # the others wait for it
@@ -935,8 +933,7 @@ def start(config):
         raise ValueError(f"--model {config.model} is no Qwen2.5-VL")
     problems = load_problems(config.data, processor, config)
     held_out = load_problems(config.eval_data, processor, config) if config.eval_data else None
-    if RANK == 0:
-        (output / "config.json").write_text(json.dumps(options, indent=1))
+    write_json(output / "config.json", options)
     return output, processor, problems, held_out
 
 
@@ -965,7 +962,8 @@ def add_adapters(model, config):
 
 def prepare(config, rollout):
     """Everything that training needs; says what is going to happen."""
-    output, processor, problems, held_out = start(config)
+    run = start(config)
+    problems = run[2]
     steps = training_steps(problems, config)
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     if len(steps[-1]) < WORLD:
@@ -982,12 +980,12 @@ def prepare(config, rollout):
     policy, reference = shard(Policy(model)), None
     if config.kl_coef and not adapters:
         model = load_model(config, torch.float32, HOME).eval().requires_grad_(False)
-        for part in model.model.modules() if WORLD == 1 else ():  # FSDP wants one dtype in a layer
-            if isinstance(part, torch.nn.Linear):
+        for part in model.model.modules():
+            if isinstance(part, torch.nn.Linear) and WORLD == 1:  # FSDP wants one dtype in a layer
                 part.to(DTYPE)  # autocast rounds these weights anyway
         reference = shard(Policy(model))
-    models = (policy, adapters, reference, make_optimizer(policy, config))
-    state = TrainState(output, processor, problems, held_out, steps, updates, *models)
+    optimizer = make_optimizer(policy, config)
+    state = TrainState(*run, steps, updates, policy, adapters, reference, optimizer, skipped=[])
     say(
         f"{len(steps)} steps x {len(steps[0])} of {len(problems)} problems x "
         f"{config.num_generations} responses, {updates} optimiser steps, {WORLD} x {DEVICE.type}"
@@ -1000,23 +998,25 @@ def prepare(config, rollout):
     return state
 
 
-def start_step(state, config):
-    """The problems of this process in the next step."""
-    state.clock = time.time()
-    set_seed(config.seed, state.step, RANK)  # all that is random in a step follows from it
-    return read_problems(state.problems, state.steps[state.step][RANK::WORLD])
+def next_problems(state, config):
+    """The problems of this process in each step that is left."""
+    left = range(state.step, len(state.steps))
+    bar = {"initial": state.step, "total": len(state.steps), "unit": "step", "disable": RANK > 0}
+    for step in tqdm(left, "training", **bar):
+        state.clock = time.time()
+        set_seed(config.seed, step, RANK)  # all that is random in a step follows from it
+        yield read_problems(state.problems, state.steps[step][RANK::WORLD])
 
 
 def check_rollouts(state, rollouts, problems, scores):
     """ValueError for a rollout that breaks its contract; a warning if the first earns nothing."""
-    tokens, banned = (
-        rollouts.response_ids[rollouts.mask].tolist(),
-        vision_tokens(state.policy.model),
-    )
-    if not rollouts.mask.any(-1).all() or {*tokens} & {*banned}:
+    banned = vision_tokens(state.policy.model)
+    sampled = {*rollouts.response_ids[rollouts.mask].tolist()}
+    if not rollouts.mask.any(-1).all() or sampled & {*banned}:
         raise ValueError(f"a response has no token, or one of {banned}, which stand for pictures")
-    for name in ("accuracy", "format") if state.step == 0 else ():
-        if sum(gather(scores[name].sum().item())) == 0:
+    for name in ("accuracy", "format"):
+        earned = sum(gather(scores[name].sum().item()))
+        if state.step == 0 and earned == 0:
             text = rollouts.texts[0][0]
             say(
                 f"warning: no response of the first step earned anything for {name}. One of them:\n"
@@ -1034,9 +1034,9 @@ def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
         metrics["eval_accuracy"] = measure(state, state.step, config, rollout)["accuracy"]
     metrics["seconds"] = time.time() - state.clock
     log_step(state, response_rows(problems, rollouts, scores), scores, metrics)
-    if state.skipped[-3:] == list(range(state.updates - 3, state.updates)):
+    if state.skipped[-3:-2] == [state.updates - 3]:  # and so the two after it
         raise ValueError(f"NaN or infinite gradients in three updates up to step {state.step}")
-    stopping = any(gather(bool(state.signals)))  # a signal may reach one process alone
+    stopping = any(gather(state.stopping))  # a signal may reach one process alone
     if stopping or config.save_steps and state.step % config.save_steps == 0:
         save_checkpoint(state)
     if stopping:
@@ -1076,7 +1076,7 @@ def load_problems(file, processor, config):
         if not all("string" in str(schema.field(name).type) for name in ("question", "answer")):
             raise ValueError("a question or an answer is no text")  # 1.1, or 1.100000023?
         features = datasets.Features({name: COLUMNS[name] for name in schema.names})
-        folder = str(Path(config.output_dir) / "data")  # shared by all processes
+        folder = f"{config.output_dir}/data"  # shared by all processes
         problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         mend = "`python tools/convert.py` makes a file that fits"
@@ -1086,8 +1086,8 @@ def load_problems(file, processor, config):
         try:
             check_problem(problems[row], processor, config)
         except (ValueError, OSError) as error:
-            faults.append((row, f"row {row}: {error}"))
-    faults = [fault for _, fault in sorted(gather_lists(faults))]
+            faults.append(f"row {row}: {error}")
+    faults = gather_lists(faults)
     if faults or not len(problems):
         raise ValueError("\n  ".join([f"{file}: {len(faults)} unusable rows", *faults[:20]]))
     return problems
@@ -1096,24 +1096,28 @@ def load_problems(file, processor, config):
 def check_problem(problem, processor, config):
     """ValueError for a problem that would train silently wrong; no picture is decoded."""
     question, pictures = problem["question"], problem["images"]
-    if not (question or "").strip() or not (problem["answer"] or "").strip():
+    if not all((problem[name] or "").strip() for name in ("question", "answer")):
         raise ValueError("the question or the answer is empty")
     if question.count(MARK) not in (0, len(pictures)):
         raise ValueError(f"{question.count(MARK)} marks {MARK} for {len(pictures)} pictures")
-    tokenizer, maker = processor.tokenizer, processor.image_processor
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if found := [token for token in tokens if token in question]:
+    tokenizer = processor.tokenizer
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if found := [token for token in special if token in question]:
         raise ValueError(f"the question holds the control tokens {found}")
     text = prompt_text(chat_messages(problem, config), processor)
     if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
         raise ValueError(f"the model's chat template begins the response: take {opened[0]} out")
     length = len(tokenizer(text)["input_ids"])
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
     for stored in pictures:  # the text holds one token for each
         picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
         if picture.mode not in ("L", "RGB"):  # 16 bits or transparent parts would be shown wrong
             raise ValueError(f"a picture in {picture.mode}, not RGB or L; run tools/convert.py")
-        patches = maker.get_number_of_image_patches(picture.height, picture.width)
-        length += patches // maker.merge_size**2 - 1
+        # A token is a square of the picture as process_vision_info resizes it.
+        area = math.prod(smart_resize(*picture.size, side, config.min_pixels, config.max_pixels))
+        if area == 0:
+            raise ValueError("a picture is so thin that --max_pixels leaves nothing of it")
+        length += area // side**2 - 1
     if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
         raise ValueError(f"the prompt has {length} tokens; a smaller --max_pixels makes it shorter")
 
@@ -1200,10 +1204,9 @@ def window_attention(module, query, key, value, cu_seq_lens_q, scaling, **option
     lengths, output = cu_seq_lens_q.diff(), torch.empty_like(value)
     for n in lengths.unique().tolist():
         own = (lengths == n).repeat_interleave(lengths)  # the patches in windows of this length
-        windows = [x[0, :, own].unflatten(1, (-1, n)) for x in (query, key, value)]
-        q, k, v = (x.transpose(0, 1).to(value.dtype) for x in windows)  # [windows,heads,n,size]
-        attended = scaled_dot_product_attention(q, k, v, scale=scaling)
-        output[0, :, own] = attended.transpose(0, 1).flatten(1, 2)
+        q, k, v = (x[0, :, own].unflatten(1, (-1, n)) for x in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, scale=scaling)  # [heads,windows,n,size]
+        output[0, :, own] = attended.flatten(1, 2)
     return output.transpose(1, 2), None
 
 
@@ -1231,8 +1234,9 @@ def cache_memory(config):
 def fixed_log_probs(policy, rollouts, prompts, config):
     """`response_log_probs` without gradients."""
     with torch.no_grad(), unsharded(policy):
-        # One pass at least: if the last forward pass was the sampler's on one process alone, FSDP
-        # would prefetch another layer there than elsewhere, and all would wait for ever.
+        # At least one pass, of prompt 0 if none is trained: FSDP fetches layers ahead in the order
+        # of the last pass. A process that made none here would follow the sampler's order and ask
+        # for another layer than the rest, and all would wait for ever.
         return response_log_probs(policy, rollouts, config, prompts or [0])
 
 
@@ -1241,14 +1245,15 @@ def minibatches(rollouts, trained, config):
 
     All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
     Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
-    equally often, or FSDP waits for ever: passes without responses, of gradient 0, fill up.
+    equally often, or FSDP waits for ever: who has fewer passes makes some of no responses, whose
+    gradient is 0.
     """
     total = sum(gather(len(rollouts.prompts)))
     for numbers in np.array_split(np.arange(total), math.ceil(total / config.minibatch_prompts)):
         mine = [b for b in trained if b * WORLD + RANK in numbers]
         passes = plan_passes(rollouts, mine, config)
         missing = max(gather(len(passes))) - len(passes)
-        yield len(numbers), passes + [(0, slice(0))] * missing
+        yield len(numbers), passes + [(0, [])] * missing
 
 
 def backward(loss):
@@ -1297,13 +1302,10 @@ def tensors_of(state):
 def save_checkpoint(state):
     """Write checkpoint-N. Its file .metadata comes last and says that the rest is whole."""
     folder = state.output / f"checkpoint-{state.step}"
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
-        position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
-        (folder / "position.json").write_text(json.dumps(position))
-    gather(None)  # the others wait for the folder
+    position = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
+    position["logs"] = {log.name: log.stat().st_size for log in state.output.glob("*.jsonl")}
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "position.json", position)
     dcp.save(tensors_of(state), checkpoint_id=folder)
     if RANK == 0:
         rotate_checkpoints(state.output, 2)
@@ -1311,19 +1313,20 @@ def save_checkpoint(state):
 
 def restore(state):
     """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
-    folders = map(Path, sort_checkpoints(state.output))
+    folders = [Path(folder) for folder in sort_checkpoints(state.output)]
     whole = [folder for folder in folders if (folder / ".metadata").exists()]
     if not whole:
         raise ValueError(f"{state.output} holds no whole checkpoint; --overwrite true starts anew")
     tensors = tensors_of(state)
     dcp.load(tensors, checkpoint_id=whole[-1])
     dcp_state.set_state_dict(state.policy, state.optimizer, **tensors, options=TRAINED)
-    position = json.loads((whole[-1] / "position.json").read_text())
+    position = read_json(whole[-1] / "position.json")
     logs = position.pop("logs")
     vars(state).update(position)  # step, updates, skipped
     gather(None)  # all have read
-    for log in state.output.glob("*.jsonl") if RANK == 0 else ():
-        os.truncate(log, logs.get(log.name, 0))  # what came after the checkpoint will come again
+    if RANK == 0:
+        for log in state.output.glob("*.jsonl"):  # what came after the checkpoint comes again
+            os.truncate(log, logs.get(log.name, 0))
     say(f"goes on after step {state.step}, from {whole[-1]}")
 
 
@@ -1345,7 +1348,7 @@ def save_final(state, config):
     model.save_pretrained(folder)
     state.processor.save_pretrained(folder)
     shaped = {name: getattr(config, name) for name in SHAPES_PROMPTS}
-    (folder / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
+    write_json(folder / "observe_r1.json", shaped)
 
 
 # -------------------------------------------------------------------------------- logs and signals
@@ -1358,12 +1361,23 @@ def stop_on_signals(state):
     """
 
     def note(number, frame):
-        if state.signals:
+        if state.stopping:
             raise KeyboardInterrupt
-        state.signals.append(number)
+        state.stopping = True
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
+
+
+def read_json(file):
+    """What a JSON file holds."""
+    return json.loads(file.read_text())
+
+
+def write_json(file, content):
+    """Write a JSON file, once, not once per process."""
+    if RANK == 0:
+        file.write_text(json.dumps(content, indent=1))
 
 
 def read_log(file):
@@ -1385,8 +1399,7 @@ def append_log(file, rows):
 def write_result(file, content):
     """Write and print the result of a command, to four digits."""
     content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
-    if RANK == 0:
-        file.write_text(json.dumps(content, indent=1))
+    write_json(file, content)
     say(f"{file}: {json.dumps(content)}")
     return content
 
@@ -1436,38 +1449,47 @@ def check_config(config):
 def parse_arguments(words):
     """(command, Config); options need no command, and without --data they are for the toy."""
     parser = transformers.HfArgumentParser(Config, usage=USAGE, allow_abbrev=False)
-    parser.add_argument("command", nargs="?", default="train", help=", ".join(COMMANDS))
+    parser.add_argument("command", nargs="?", help=", ".join(COMMANDS))
     for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
+        if action.dest in HELP:
+            action.help = f"{HELP[action.dest]} (default: {action.default!r})"
+        action.default = argparse.SUPPRESS  # so that parsing returns what was given, and no more
+    parsed, unknown = parser.parse_known_args(words)
+    given = vars(parsed)
+    command = given.pop("command", "train")
+    if command not in COMMANDS:
+        unknown.append(command)
+    if unknown:
+        known = [*COMMANDS, *(f"--{name}" for name in HELP)]
+        nearest = difflib.get_close_matches(unknown[0], known)
+        raise ValueError(f"{unknown[0]}? Perhaps {nearest}. {USAGE}")
 
-    def parse(defaults):
-        parser.set_defaults(**defaults)
-        return parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-
-    config, others, unknown = parse({})
-    known = [*COMMANDS, *(f"--{name}" for name in HELP)]
-    for word in {*unknown, others.command} - {*COMMANDS}:
-        raise ValueError(f"{word}? Perhaps {difflib.get_close_matches(word, known)}. {USAGE}")
-    given, file = {}, Path(config.config or TOY)
-    if config.config or not config.data:
-        try:
-            given = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is no JSON object of options: {error}") from error
-        given.pop("content", None)  # a run adds it to its own
-        if wrong := given.keys() - HELP.keys():
-            raise ValueError(f"{file}: unknown options {sorted(wrong)}")
-        for name in given.keys() & {"model", "data", "eval_data"}:
-            if (file.parent / given[name]).exists():  # a path may start at the file's own folder
-                given[name] = str(file.parent / given[name])
-        config, *_ = parse(given)
-    trained = Path(config.model) / "observe_r1.json"
+    if "config" in given or "data" not in given:
+        given = read_options(Path(given.get("config", TOY))) | given
+    model = given.get("model", Config.model)
+    trained = Path(f"{model}/observe_r1.json")
     if trained.exists():  # what shaped the prompts of its training
-        config, *_ = parse(json.loads(trained.read_text()) | given)
+        given = read_json(trained) | given
         say(f"{trained} says how the model was prompted; options that are given win")
-    config.output_dir = config.output_dir or f"runs/{others.command}"
+    config = Config(**{"output_dir": f"runs/{command}", **given})
     check_config(config)
-    return others.command, config
+    return command, config
+
+
+def read_options(file):
+    """The options of a JSON file; a path in it may start at the file's own folder."""
+    try:
+        options = dict(read_json(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object of options: {error}") from error
+    options.pop("content", None)  # a run adds it to its own
+    if wrong := options.keys() - HELP.keys():
+        raise ValueError(f"{file}: unknown options {sorted(wrong)}")
+    for name in options.keys() & {"model", "data", "eval_data"}:
+        near = file.parent / str(options[name])
+        if options[name] and near.exists():
+            options[name] = str(near)
+    return options
 
 
 def main():
