@@ -185,37 +185,46 @@ def mix_ladder(difficulty, complexity, seed=0):
     seven levels of equal width, for 8 responses 1/8, 2/8, ... 7/8. Within a level, problems with
     short responses come first, because they take less reasoning.
 
-    Each level sends the same shares of its problems to the nine stages as in the paper's ladder.
+    The sizes of the stages are those of their levels, corrected as in the paper where a level is as
+    large as there. The shares of the paper's figure are then scaled, by stages and by levels in
+    turn, until each stage is full and each level used up, which works for any mixture of levels.
     """
-    # A line per stage, a column per level: how many of 1,000 problems of the paper's ladder stand
-    # there. The shares in its figure, read off to about .01, scaled until levels and stages add up.
+    # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
+    # then how many of 1,000 problems are of that level, and how many in that stage.
     figure = """
-        11.9  7.4  7.8  7.8  7.0  0    0    0    0
-        2.1  20.9  6.2  6.5  6.3  0    0    0    0
-        1.1   4.3 27.2  9.1 12.4  0    0    0    0
-        0     2.4  5.5 40.0 16.8 15.2  0    0    0
-        0     0    3.3  7.7 64.2 21.1 15.6  0    0
-        0     0    0    3.9 13.1 75.4 19.7 19.8  0
-        0     0    0    0    7.6 18.4 82.8 27.7 18.4
-        0     0    0    0    3.5  9.7 17.7 121.9 24.9
-        0     0    0    0    4.1 10.2 14.2 30.6 146.7"""
-    paper = np.array(figure.split(), dtype=float).reshape(9, 9)
-    difficulty = np.asarray(difficulty)
-    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 1e-9: rounding
-    level_size, n = np.bincount(level, minlength=9), len(level)
-    asked = paper / paper.sum(0) * level_size  # [stage,level]
+        .29 .18  .19  .19  .17  0    0    0    0     15  42
+        .05 .50  .15  .155 .15  0    0    0    0     35  42
+        .02 .08  .51  .17  .23  0    0    0    0     50  54
+        0   .03  .07  .505 .21  .19  0    0    0     75  80
+        0   0    .03  .07  .58  .19  .14  0    0    135 112
+        0   0    0    .03  .10  .575 .15  .15  0    150 132
+        0   0    0    0    .05  .12  .54  .18  .12  150 155
+        0   0    0    0    .02  .055 .10  .685 .14  200 178
+        0   0    0    0    .02  .05  .07  .15  .72  190 206"""
+    table = np.array(figure.split(), dtype=float).reshape(9, 11)
+    share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
 
-    # Where one level is much larger than its neighbours, stages might swell with it, or get easier
-    # from one to the next. Then all stages are drawn nearer to their own levels, at last entirely.
+    difficulty = np.asarray(difficulty, dtype=float)
+    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 7 * (1 - 6/7) < 1
+    level_size, n = np.bincount(level, minlength=9), len(level)
+    correction = np.minimum(n, level_size / paper_level)
+    stage_size = level_size + (paper_stage - paper_level) * correction
+    for _ in range(500):
+        share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
+        share *= level_size / share.sum(0).clip(1e-12)
+
+    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then
+    # all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
     for own in np.linspace(0, 1, 21):
-        mixed = (1 - own) * asked + own * np.diag(level_size)
-        ends = np.rint(mixed.cumsum(0)).astype(int)
-        counts = np.diff(ends, axis=0, prepend=0)  # [stage,level]
+        mixed = (1 - own) * share + own * np.diag(level_size)
+        ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
+        counts = np.diff(ends, axis=0, prepend=0)
         size = counts.sum(1)
         mean = counts @ np.arange(9) / 8 / size.clip(1)  # difficulty
+        vanishes = (size == 0) & (100 * level_size >= 3 * n)
         swells = size > 1.6 * level_size + n / 20
-        falls = np.diff(mean[size >= 0.03 * n]) < -0.02
-        if not swells.any() and not falls.any():
+        falls = np.diff(mean[100 * size >= 3 * n]) < -0.02
+        if not (vanishes | swells).any() and not falls.any():
             break
 
     # Each level is cut into its parts for the nine stages, and each part spread evenly over its
