@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 import observe_r1
@@ -14,7 +15,6 @@ from observe_r1 import (
     PROMPTS,
     Config,
     encode_prompts,
-    model_inputs,
     rollout,
     sample,
     use_fast_attention,
@@ -81,20 +81,18 @@ def test_limits_of_pixels(processor, size, limits, grid):
 # ---------------------------------------------------------------------------------------- sampling
 
 
-def slow_probabilities(model, prompt, ids, temperature):
-    """What softmax(logits / temperature) gives for each token of a response alone, [T,V]."""
-    inputs = model_inputs(model, prompt)
-    P, T = inputs["input_ids"].shape[1], len(ids)
-    places = inputs["position_ids"].max() + torch.arange(1, T + 1)
-    inputs["position_ids"] = torch.cat([inputs["position_ids"], places.expand(3, 1, T)], -1)
+def alone(model, prompt, ids):
+    """Logits of each token of a response alone behind its prompt, at the model's own positions."""
+    inputs, n = dict(prompt), len(ids)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], -1)
-    inputs["attention_mask"] = torch.ones(1, P + T)
-    with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits[0, P - 1 : -1] / temperature
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, n))
+    logits = model(**inputs, use_cache=False).logits[0, -n - 1 : -1]  # [T,V]
     logits[:, vision_tokens(model)] = -torch.inf
-    return logits.softmax(-1)
+    return logits
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_tokens_are_drawn_from_the_softmax(
     toy_model, model, prompts, config, monkeypatch, temperature
@@ -121,7 +119,8 @@ def test_tokens_are_drawn_from_the_softmax(
     assert lengths.max() == len(drawn) and lengths.unique().numel() > 4 and len(rows) < 12
     slow = []
     for n, length in enumerate(lengths.tolist()):
-        slow.append(slow_probabilities(toy_model, prompts[n // 3], ids[n, :length], temperature))
+        logits = alone(toy_model, prompts[n // 3], ids[n, :length])
+        slow.append((logits / temperature).softmax(-1))
         ends = torch.isin(ids[n, :length], stop)  # a stop token, or the cap
         assert not ends[:-1].any() and (ends[-1] or length == 24)
     for t, (rows, probabilities, tokens) in enumerate(drawn):
