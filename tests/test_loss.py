@@ -1,7 +1,6 @@
 """Rewards, advantages, loss and schedule: golden values, and slow versions on random inputs."""
 
 import doctest
-import itertools
 import math
 
 import numpy as np
@@ -177,15 +176,6 @@ def test_extreme_ratios_give_a_finite_loss_and_gradient(shift, advantage):
         assert gradient[0, 1].item() == pytest.approx(-advantage / 2)
 
 
-def test_empty_inputs_cost_nothing():
-    """A pass without responses, and a response without tokens."""
-    empty = torch.zeros(0, 3, requires_grad=True)
-    loss, metrics = grpo_loss(empty, empty, empty, torch.zeros(0), empty, num_responses=8)
-    assert loss == 0 and loss.requires_grad
-    blank = torch.zeros(2, 3)
-    assert grpo_loss(blank, blank, None, torch.ones(2), blank)[0] == 0
-
-
 # ---------------------------------------------------------------------------------------- schedule
 
 
@@ -201,17 +191,13 @@ def test_empty_inputs_cost_nothing():
 )
 def test_learning_rate_of_short_and_long_runs(updates, rates):
     found = [learning_rate_scale(update, updates, 0.03) for update in range(updates)]
-    for update, rate in rates.items():
-        assert found[update] == pytest.approx(rate)
-    assert max(found) == 1 and (found[0] < 1 or updates == 1)
-    peak = found.index(1)
-    assert found[: peak + 1] == sorted(found[: peak + 1])
-    assert found[peak:] == sorted(found[peak:], reverse=True)
+    assert {update: found[update] for update in rates} == pytest.approx(rates)
 
 
-def test_any_schedule_reaches_its_peak():
-    for updates, ratio in itertools.product(range(1, 60), (0, 0.03, 0.1667, 0.5, 1)):
+@pytest.mark.parametrize("ratio", [0, 0.03, 0.1667, 0.5, 1])
+def test_any_schedule_rises_evenly_to_its_peak_and_falls(ratio):
+    for updates in range(2, 60):
         found = [learning_rate_scale(update, updates, ratio) for update in range(updates)]
-        assert max(found) == 1 and (found[0] < 1 or updates == 1)
-        steepest = max(np.diff([0, *found]))
-        assert steepest == pytest.approx(found[0])  # it rises evenly
+        peak = found.index(1)
+        assert np.diff([0, *found[: peak + 1]]) == pytest.approx(found[0])
+        assert peak > 0 and found[peak:] == sorted(found[peak:], reverse=True)
