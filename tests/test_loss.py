@@ -67,9 +67,9 @@ def test_scores_and_advantages_equal_the_slow_version(seed):
         start = starts[2 if options["observe"] else 1]
         form = [0.5 * (start in text) for text in texts[b]]
         bonus = np.zeros(G)
-        shortest = min(np.flatnonzero(correct), key=lambda i: lengths[b, i], default=None)
-        if shortest is not None and lengths[b, shortest] > 60:
-            bonus[shortest] = options["bonus"]
+        right = np.flatnonzero(correct)
+        if len(right) and lengths[b, right].min() > 60:
+            bonus[right[lengths[b, right].argmin()]] = options["bonus"]
         p = correct.mean()
         weight = 4 * options["sigma"] * p * (1 - p) if options["dynamic_weight"] else 1
         reward = correct + form + bonus
