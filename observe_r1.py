@@ -739,7 +739,7 @@ def update(state, rollouts, advantages, config):
         "loss": loss / (state.updates - first_update),
         "kl": kl / max(1, responses) if config.kl_coef else math.nan,
         "clip_fraction": clipped / max(1, responses),
-        "grad_norm": np.nanmean(norms or [math.nan]),
+        "grad_norm": np.mean([norm for norm in norms if math.isfinite(norm)] or [math.nan]),
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "optimizer_step": state.updates,
         "skipped_updates": len(state.skipped),
