@@ -3,15 +3,16 @@
 import math
 
 import pytest
-from conftest import TOY, read_jsonl, run_config
+from conftest import TOY, read_jsonl, run_config, toy_rows, write_parquet
 
 import observe_r1
 from observe_r1 import group_advantages, grpo_loss, rollout, score_rollouts
 
 
-def test_the_logs_of_a_run(few, tmp_path):
+def test_the_logs_of_a_run(tmp_path):
     """Means over all responses; of each step two groups, those that teach most; held-out ones."""
-    calls, options = [], {"num_samples": 0, "eval_steps": 2, "eval_data": few, "max_steps": 3}
+    held_out = write_parquet(tmp_path / "held_out.parquet", toy_rows("heldout", [7, 11, 23]))
+    calls, options = [], {"num_samples": 0, "eval_steps": 2, "eval_data": held_out, "max_steps": 3}
     config = run_config(TOY / "ladder.parquet", tmp_path / "run", num_generations=8, **options)
 
     def recorded(model, processor, problems, config):
@@ -50,7 +51,7 @@ def test_the_logs_of_a_run(few, tmp_path):
 
 
 def test_three_bad_updates_in_a_row_end_a_run(few, tmp_path, monkeypatch):
-    """The second of six steps begins the row: two mini-batches of it, one of the third."""
+    """NaN gradients from the fifth pass on; each is logged."""
     calls = []
 
     def poisoned(*arguments):

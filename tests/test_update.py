@@ -241,12 +241,13 @@ def test_one_long_response_does_not_split_a_group():
 
 
 def run_tower(tower, grids):
-    """The tower's output for pictures of so many patches, and the calls of its attention."""
+    """The tower's output for pictures of so many patches."""
     patches = sum(h * w for _, h, w in grids)
     shapes = tower.config
     size = shapes.in_channels * shapes.temporal_patch_size * shapes.patch_size**2
     pixels = torch.randn(patches, size, generator=torch.Generator().manual_seed(0))
-    return tower(pixels, grid_thw=torch.tensor(grids)).last_hidden_state
+    places = {"grid_thw": torch.tensor(grids, device=tower.device)}
+    return tower(pixels.to(tower.device), **places).last_hidden_state
 
 
 def test_windows_at_once_are_those_of_the_library(model):
