@@ -61,7 +61,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils import process_vision_info, smart_resize
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -735,11 +735,12 @@ def update(state, rollouts, advantages, config):
         state.updates += 1
 
     loss, responses, kl, clipped = sum(gather(sums))
+    finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "loss": loss / (state.updates - first_update),
         "kl": kl / max(1, responses) if config.kl_coef else math.nan,
         "clip_fraction": clipped / max(1, responses),
-        "grad_norm": np.nanmean(norms or [math.nan]),
+        "grad_norm": np.mean(finite) if finite else math.nan,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "optimizer_step": state.updates,
         "skipped_updates": len(state.skipped),
@@ -1112,8 +1113,12 @@ def check_problem(problem, processor, config):
         picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
         if picture.mode not in ("L", "RGB"):  # 16 bits or transparent parts would be shown wrong
             raise ValueError(f"a picture in {picture.mode}, not RGB or L; run tools/convert.py")
-        patches = maker.get_number_of_image_patches(picture.height, picture.width)
-        length += patches // maker.merge_size**2 - 1
+        side = maker.patch_size * maker.merge_size  # a token is a square of the resized picture
+        limits = (config.min_pixels, config.max_pixels)
+        height, width = smart_resize(picture.height, picture.width, side, *limits)
+        if height * width == 0:
+            raise ValueError("a picture is so thin that --max_pixels leaves nothing of it")
+        length += height * width // side**2 - 1
     if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
         raise ValueError(f"the prompt has {length} tokens; a smaller --max_pixels makes it shorter")
 
@@ -1446,7 +1451,7 @@ def parse_arguments(words):
 
     config, others, unknown = parse({})
     known = [*COMMANDS, *(f"--{name}" for name in HELP)]
-    for word in {*unknown, others.command} - {*COMMANDS}:
+    for word in [*unknown, *({others.command} - {*COMMANDS})]:
         raise ValueError(f"{word}? Perhaps {difflib.get_close_matches(word, known)}. {USAGE}")
     given, file = {}, Path(config.config or TOY)
     if config.config or not config.data:
@@ -1458,9 +1463,11 @@ def parse_arguments(words):
         if wrong := given.keys() - HELP.keys():
             raise ValueError(f"{file}: unknown options {sorted(wrong)}")
         for name in given.keys() & {"model", "data", "eval_data"}:
-            if (file.parent / given[name]).exists():  # a path may start at the file's own folder
+            # A path may start at the file's own folder.
+            if given[name] and (file.parent / str(given[name])).exists():
                 given[name] = str(file.parent / given[name])
         config, *_ = parse(given)
+        check_config(config)
     trained = Path(config.model) / "observe_r1.json"
     if trained.exists():  # what shaped the prompts of its training
         config, *_ = parse(json.loads(trained.read_text()) | given)
