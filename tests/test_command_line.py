@@ -37,7 +37,7 @@ def options_file(folder, content):
     return ["--config", str(folder / "options.json")]
 
 
-# ------------------------------------------------------------------------- where values come from
+# --------------------------------------------------------------------------- where values come from
 
 
 def test_defaults_are_the_published_run():
@@ -116,7 +116,7 @@ def test_help_lists_commands_and_options(capsys):
         assert ("at least" in comment) == (field.type in (int, float)), name
 
 
-# --------------------------------------------------------------------------------- wrong options
+# ------------------------------------------------------------------------------------ wrong options
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -138,7 +138,9 @@ def test_values_of_another_type_or_below_the_least_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("content", ['{"seed": ', "[1]", '"seed"', "", '{"sigmas": 1}'])
 def test_files_of_options_that_are_none(content, tmp_path):
-    with pytest.raises(ValueError, match=r"options.json(: unknown .*sigmas| holds no options: )"):
+    with pytest.raises(
+        ValueError, match=r"options.json(: unknown .*sigmas| is no JSON object of options: )"
+    ):
         parse_arguments(options_file(tmp_path, content))
 
 
@@ -170,7 +172,7 @@ def test_values_that_cannot_be_read(words, capsys):
     assert end.value.code == 2 and len(lines) == 2 and words[0] in lines[1]
 
 
-# ------------------------------------------------------------------------------ mistakes in one line
+# ----------------------------------------------------------------------------- mistakes in one line
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +277,7 @@ def test_a_signal_while_loading_ends_in_one_line(
     assert message == "observe_r1: stopped; what was written so far is kept"
 
 
-# --------------------------------------------------------------- the two files in an empty folder
+# ----------------------------------------------------------------- the two files in an empty folder
 
 
 @pytest.fixture(scope="module")
