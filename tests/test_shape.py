@@ -10,7 +10,7 @@ from conftest import ROOT
 from observe_r1 import Config
 
 LIMIT = 10_600  # code tokens; comments and docstrings are free
-LINES = 1_500
+LINES = 1_510
 SOURCE = (ROOT / "observe_r1.py").read_text()
 FREE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 

@@ -42,6 +42,8 @@ def test_each_equation_runs_when_pasted_alone(name):
 
 FILES = (ROOT / "README.md", ROOT / "tools" / "README.md", ROOT / "toy" / "README.md")
 READMES = {file: file.read_text() for file in FILES}
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+TEXTS = {file: FENCE.sub("", text) for file, text in READMES.items()}  # without blocks
 each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -51,17 +53,18 @@ def places(readme, name):
     return [folder / name for folder in folders if (folder / name).exists()]
 
 
+def code_spans(readme):
+    """What stands between backticks in the text."""
+    return re.findall(r"`([^`\n]+)`", TEXTS[readme])
+
+
 def commands(readme):
     """(script, the words after it) of each command in blocks and in the text."""
-    fence = r"^ *```(?:bash|sh|shell|console)?\n(.*?)^ *```"
-    text = READMES[readme]
-    lines = [
-        line
-        for block in re.findall(fence, text, re.DOTALL | re.MULTILINE)
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    lines += re.findall(r"`([^`\n]+\.py [^`\n]+)`", text)
-    for line in lines:
+    lines = [code for code in code_spans(readme) if ".py " in code]
+    for kind, block in FENCE.findall(READMES[readme]):
+        if kind in ("", "bash", "sh", "shell", "console"):
+            lines += block.replace("\\\n", " ").splitlines()
+    for line in (line for line in lines if ".py" in line):
         words = [word for word in shlex.split(line, comments=True) if word not in ("…", "...")]
         scripts = [word for word in words if word.endswith(".py")]
         if scripts and not scripts[0].startswith(("$", "/")):
@@ -92,16 +95,15 @@ def is_option(name, files, takes_all=True):
 def test_options_that_the_text_names_exist(readme):
     """Of the script, or of a program in tools/ or toy/; torchrun has some of its own."""
     programs = [*ROOT.glob("tools/*.py"), *ROOT.glob("toy/*.py")]
-    for code in re.findall(r"`([^`\n]+)`", READMES[readme]):
+    for code in code_spans(readme):
         for name in re.findall(r"(?<![\w-])--([a-z]\w*)(?![\w.-])", code):
             assert "torchrun" in code or is_option(name, programs), f"`{code}`"
 
 
 @each_readme
 def test_files_and_tests_that_the_text_names_exist(readme):
-    for code in re.findall(r"`([\w./-]+)`", READMES[readme]):
-        inside = code.startswith(("toy/", "tools/", "tests/")) and "." in code
-        if inside or re.fullmatch(r"\w+\.py", code):
+    for code in code_spans(readme):
+        if re.fullmatch(r"(toy|tools|tests)/[\w./-]+\.\w+|\w+\.py", code):
             assert places(readme, code), code
     tests = "".join(file.read_text() for file in ROOT.rglob("test_*.py"))
     for name in set(re.findall(r"\btest_\w+\b(?!\.py)", READMES[readme])) - {"test_rewards"}:
@@ -110,7 +112,7 @@ def test_files_and_tests_that_the_text_names_exist(readme):
 
 def anchors(file):
     """The anchors of a page's headings, as GitHub makes them."""
-    text = re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL)
+    text = FENCE.sub("", file.read_text())
     for heading in re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading).lower()
         yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
@@ -119,7 +121,7 @@ def anchors(file):
 @each_readme
 def test_links_lead_somewhere(readme):
     """Files, headings, and lines at which a function begins."""
-    text = re.sub(r"```.*?```", "", READMES[readme], flags=re.DOTALL)
+    text = TEXTS[readme]
     links = re.findall(r"\[([^]\[]*)\]\(\s*([^)\s]+)\s*\)", text)
     links += [("", target) for target in re.findall(r"(?:src|href)=\"([^\"]+)\"", text)]
     for label, target in links:
@@ -138,5 +140,6 @@ def test_links_lead_somewhere(readme):
 @each_readme
 def test_nothing_is_left_to_be_filled_in(readme):
     assert not re.findall(r"@[A-Z]+@|TODO|FIXME", READMES[readme])
-    for block in re.findall(r"```python\n(.*?)```", READMES[readme], re.DOTALL):
-        ast.parse(block)
+    for kind, block in FENCE.findall(READMES[readme]):
+        if kind == "python":
+            ast.parse(block)
