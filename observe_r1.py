@@ -1296,6 +1296,8 @@ TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
 def tensors_of(state):
     """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
     model, optimizer = dcp_state.get_state_dict(state.policy, state.optimizer, options=TRAINED)
+    trained = {name for name, p in state.policy.named_parameters() if p.requires_grad}
+    model = {name: model[name] for name in model if name in trained}  # a tied one has two names
     return {"model_state_dict": model, "optim_state_dict": optimizer}
 
 
