@@ -1,140 +1,120 @@
-"""Several processes: they learn what one learns, stop together, and go on in another number."""
+"""Several processes: they learn what one learns, never wait for ever, stop together, go on."""
 
 import json
 import os
 import shutil
 import signal
-import time
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import (
-    ROOT,
     TOY,
     read_jsonl,
     run_config,
     torchrun,
     toy_config,
     toy_problems,
+    toy_rows,
     write_parquet,
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import observe_r1
-from observe_r1 import Policy, Rollouts, TrainState
+from observe_r1 import Policy, Rollouts, gather
 
 FEW = "few.parquet"
-COLUMNS = ["id", "images", "question", "answer", "difficulty", "complexity", "stage"]
 
 
-def uneven_config(data, output, **options):
-    """Four steps of three prompts: two for the first process, one for the second."""
+def uneven_config(output, **options):
+    """Three steps of three prompts: two for the first process, one for the second."""
     small = {"prompts_per_step": 3, "minibatch_prompts": 3, "save_steps": 1, "max_new_tokens": 48}
-    return run_config(data, output, **{**small, **options})
+    return run_config(FEW, output, **{**small, **options})
 
 
-def update_config():
-    """Three groups an optimiser step; gradients are longer than the norm to which they are cut."""
-    config = toy_config(minibatch_prompts=3, max_grad_norm=0.5, gradient_checkpointing=True)
-    return replace(config, token_budget=150)
+WAYS = {  # of training
+    "all": {"gradient_checkpointing": True},
+    "lora": {"lora_rank": 4, "gradient_checkpointing": False},
+}
 
 
-def learn(folder, processor):
+def learn(name):
     """Two optimiser steps on the prompts of this process: (metrics, all weights).
 
-    SGD moves the weights in proportion to the gradient.
+    SGD moves the weights in proportion to the gradient, which is cut to a norm of .2.
     """
-    config = update_config()
-    whole = torch.load(folder / "rollouts.pt", weights_only=False)
+    same = {"max_grad_norm": 0.2, "token_budget": 150, "learning_rate": 0.1}
+    config = uneven_config(f"{name}-{observe_r1.WORLD}", **same, **WAYS[name])
+    state = observe_r1.prepare(config, observe_r1.rollout)
+    trained = [p for p in state.policy.parameters() if p.requires_grad]
+    state.optimizer = torch.optim.SGD(trained)
+    whole = torch.load("rollouts.pt", weights_only=False)
     mine = slice(observe_r1.RANK, None, observe_r1.WORLD)
-    policies = []
-    for _ in range(2):
-        policies.append(observe_r1.shard(Policy(observe_r1.load_model(config)), config))
-    policy, reference = policies
-    policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.SGD(policy.parameters(), 0.05)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    state = TrainState(
-        policy=policy,
-        reference=reference,
-        adapters=None,
-        processor=processor,
-        problems=None,
-        held_out=None,
-        steps=[],
-        optimizer=optimizer,
-        scheduler=scheduler,
-    )
-    prompt = observe_r1.encode_prompts(whole["problems"][mine], processor, config)
-    rollouts = Rollouts(prompt, whole["ids"][mine], whole["mask"][mine], [])
+    prompts = observe_r1.encode_prompts(whole["problems"][mine], state.processor, config)
+    rollouts = Rollouts(prompts, whole["ids"][mine], whole["mask"][mine], [])
     metrics = observe_r1.update(state, rollouts, whole["advantages"][mine], config)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return metrics, get_model_state_dict(policy, options=options)
+    how = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return metrics, get_model_state_dict(state.policy, options=how)
 
 
-def power_cut(at):
-    """A rollout that fails in every process in the given step."""
+def stop_one(step, rank=1, error=None):
+    """A rollout in which one process alone gets SIGTERM in a step, or fails."""
     calls = []
 
     def rollout(*arguments):
         calls.append(0)
-        if len(calls) == at:
-            raise RuntimeError("power cut")
-        return observe_r1.rollout(*arguments)
-
-    return rollout
-
-
-def signal_to_one(at):
-    """A rollout in which the second process alone gets SIGTERM."""
-    calls = []
-
-    def rollout(*arguments):
-        calls.append(0)
-        if len(calls) == at and observe_r1.RANK == 1:
+        if len(calls) == step and observe_r1.RANK == rank:
+            if error:
+                raise error
             os.kill(os.getpid(), signal.SIGTERM)
         return observe_r1.rollout(*arguments)
 
     return rollout
 
 
+def run(command, config, *rollout):
+    """A command, the end of which is kept."""
+    try:
+        command(config, *rollout)
+    except (SystemExit, ValueError) as error:
+        Path(f"{config.output_dir}.{observe_r1.RANK}.txt").write_text(str(error))
+
+
 def in_two_processes():
-    """What the processes of the fixture `two` run, in its folder."""
-    config = uneven_config(FEW, "whole")
-    observe_r1.train(config)
-    try:
-        observe_r1.train(replace(config, output_dir="killed"), power_cut(3))
-    except RuntimeError:
-        observe_r1.train(replace(config, output_dir="killed", resume=True))
-    try:
-        observe_r1.train(replace(config, output_dir="signal"), signal_to_one(2))
-    except SystemExit as end:
-        Path(f"signal.{observe_r1.RANK}.txt").write_text(str(end))
-    observe_r1.train(uneven_config(FEW, "by_one", resume=True))
-    processor = observe_r1.transformers.AutoProcessor.from_pretrained(TOY / "model")
-    metrics, weights = learn(Path(), processor)
-    if observe_r1.RANK == 0:
-        torch.save(weights, "learned.pt")
-        Path("metrics.json").write_text(json.dumps(metrics))
+    """What the processes of the fixture `two` do, in its folder."""
+    torch.distributed.init_process_group(observe_r1.BACKENDS)
+    torch.distributed.init_process_group = lambda *_, **__: None  # one group for all commands
+    assert gather({"rank": observe_r1.RANK}) == [{"rank": 0}, {"rank": 1}]
+    train = observe_r1.train
+    run(train, uneven_config("whole"))
+    run(train, uneven_config("signal"), stop_one(2))
+    run(train, uneven_config("signal", resume=True))
+    run(train, uneven_config("by_one", resume=True))
+    run(train, uneven_config("lora", **WAYS["lora"], max_steps=2))
+    run(train, uneven_config("small", prompts_per_step=1))
+    run(observe_r1.ladder, uneven_config("ladder", prompts_per_step=4))
+    run(observe_r1.evaluate_model, uneven_config("eval", prompts_per_step=4))
+    for name in WAYS:
+        metrics, weights = learn(name)
+        if observe_r1.RANK == 0:
+            torch.save((metrics, weights), f"{name}.pt")
+    train(uneven_config("failing"), stop_one(1, error=RuntimeError("lost its disk")))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, toy_model, processor):
     """A folder in which two processes did all that the tests below look at, in one start."""
     folder = tmp_path_factory.mktemp("two")
-    rows = observe_r1.load_problems(str(TOY / "ladder.parquet")).select(range(0, 960, 80))
-    rows = rows.select_columns(COLUMNS).to_list()
+    rows = toy_rows("ladder", range(0, 900, 100))
+    for row in (rows[1], rows[2], rows[4]):  # in the first step, only one process sees a picture
+        row |= {"images": [], "question": "What is 3+4?", "answer": "7"}
     write_parquet(folder / FEW, rows)
-    here = os.getcwd()
-    os.chdir(folder)  # so that --data is the same words for both
-    with pytest.raises(RuntimeError, match="power cut"):
-        observe_r1.train(uneven_config(FEW, "by_one"), power_cut(3))
-    os.chdir(here)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.chdir(folder)
+        observe_r1.train(uneven_config("by_one"), stop_one(2, rank=0))
     torch.manual_seed(0)
-    rollouts = observe_r1.rollout(toy_model, processor, toy_problems(), update_config())
+    rollouts = observe_r1.rollout(toy_model, processor, toy_problems(), toy_config())
     advantages = torch.randn(5, 4)
     advantages[1] = 0
     saved = {"ids": rollouts.response_ids, "mask": rollouts.mask, "advantages": advantages}
@@ -142,137 +122,98 @@ def two(tmp_path_factory, toy_model, processor):
     script = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     (folder / "two.py").write_text(script + "import test_processes as t\nt.in_two_processes()\n")
     result = torchrun(folder / "two.py", cwd=folder)
-    assert result.returncode == 0, result.stderr[-5000:]
-    (folder / "stdout.txt").write_text(result.stdout)
+    (folder / "screen.txt").write_text(result.stdout + result.stderr)
+    assert (folder / "lora.pt").exists(), result.stderr[-5000:]
+    (folder / "code.txt").write_text(str(result.returncode))
     return folder
 
 
-def final_bytes(run):
-    return (run / "final" / "model.safetensors").read_bytes()
+def final_bytes(output):
+    return (output / "final" / "model.safetensors").read_bytes()
 
 
-def metrics_of(run):
-    lines = read_jsonl(run / "metrics.jsonl")
-    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+def metrics_of(output):
+    rows = read_jsonl(output / "metrics.jsonl")
+    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
 
 
-def test_two_processes_learn_what_one_learns(two, processor):
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft's own call
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_learn_what_one_learns(way, two, monkeypatch):
     """Five prompts, unequal numbers of passes, one group without weight, one without a picture.
 
     The second process has only the group of weight 0 in the first mini-batch, and only the prompt
     without a picture in the second.
     """
     assert toy_problems()[3]["images"] == []
-    metrics, weights = learn(two, processor)
-    others = json.loads((two / "metrics.json").read_text())
-    assert others == {
-        name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in metrics.items()
-    }
-    assert metrics["optimizer_step"] == 2 and metrics["grad_norm"] > 0.5  # so it was clipped
-    learned = torch.load(two / "learned.pt", weights_only=True)
-    before = Policy(observe_r1.load_model(update_config())).state_dict()
+    monkeypatch.chdir(two)
+    metrics, weights = learn(way)
+    others, learned = torch.load(f"{way}.pt", weights_only=False)
+    assert others == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert metrics["optimizer_step"] == 2 and metrics["grad_norm"] > 0.2  # so it was clipped
     assert set(learned) == set(weights)
-    for name, value in weights.items():
-        torch.testing.assert_close(learned[name], value, atol=1e-6, rtol=1e-5, msg=name)
-    moved = [(weights[name] - before[name]).abs().max() for name in weights]
+    torch.testing.assert_close(learned, weights, atol=1e-6, rtol=1e-5)
+    before = Policy(observe_r1.load_model(toy_config(), torch.float32)).state_dict()
+    new = [name for name in weights if "lora_B" in name]  # they began at 0
+    moved = [(weights[n] - before.get(n, 0)).abs().max() for n in new or weights]
     assert max(moved) > 1e-3
 
 
 def test_two_processes_train_and_log_all_responses(two):
-    lines = metrics_of(two / "whole")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    problems = observe_r1.load_problems(str(two / FEW))
-    mean = torch.tensor(problems["difficulty"][:3]).mean().item()
-    assert lines[0]["difficulty"] == pytest.approx(mean)  # of both processes
-    model_class = observe_r1.transformers.Qwen2_5_VLForConditionalGeneration
-    model, loading = model_class.from_pretrained(
-        two / "whole" / "final", output_loading_info=True, dtype=torch.float32
-    )
-    assert not any(loading.values())
-    before = observe_r1.load_model(update_config()).state_dict()
-    changed = [not torch.equal(before[name], value) for name, value in model.state_dict().items()]
-    assert sum(changed) > 0.9 * len(changed)
+    rows = metrics_of(two / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["grad_norm"] > 0
+    difficulty = [row["difficulty"] for row in toy_rows("ladder", (0, 100, 200))]
+    assert rows[0]["difficulty"] == pytest.approx(sum(difficulty) / 3)  # of both processes
+    names = [
+        safetensors.torch.load_file(folder / "model.safetensors").keys()
+        for folder in (TOY / "model", two / "whole" / "final", two / "lora" / "final")
+    ]
+    assert names[0] == names[1] == names[2]
+    assert metrics_of(two / "lora")[1]["kl"] > 0
 
 
-def test_two_processes_resume_to_the_same_bits(two):
-    assert metrics_of(two / "killed") == metrics_of(two / "whole")
-    assert final_bytes(two / "killed") == final_bytes(two / "whole")
-    assert "goes on after step 2, from killed/checkpoint-2" in (two / "stdout.txt").read_text()
-
-
-def test_a_signal_to_one_process_stops_both_after_the_step(two):
+def test_a_signal_to_one_process_stops_both_and_they_resume_to_the_same_bits(two):
     for rank in range(2):
         message = (two / f"signal.{rank}.txt").read_text()
         assert message == "stopped after step 2; --resume true goes on from it"
-    assert (two / "signal" / "checkpoint-2" / ".metadata").exists()
-    assert [line["step"] for line in metrics_of(two / "signal")] == [1, 2]
+    assert metrics_of(two / "signal") == metrics_of(two / "whole")
+    assert final_bytes(two / "signal") == final_bytes(two / "whole")
 
 
 def test_what_one_process_began_two_go_on_with(two):
-    screen = (two / "stdout.txt").read_text()
-    assert "goes on after step 2, from by_one/checkpoint-2" in screen
-    assert "2 processes instead of 1" in screen
-    assert [line["step"] for line in metrics_of(two / "by_one")] == [1, 2, 3, 4]
+    assert "goes on after step 2, from by_one/checkpoint-2" in (two / "screen.txt").read_text()
+    assert [row["step"] for row in metrics_of(two / "by_one")] == [1, 2, 3]
     assert final_bytes(two / "by_one")
 
 
-def test_what_two_processes_began_one_goes_on_with(two, monkeypatch, capsys):
-    """The position, the weights and the moments are those that the two wrote."""
-    monkeypatch.chdir(two)
-    shutil.copytree("whole", "by_two")
-    for name in ("checkpoint-3", "checkpoint-4"):
-        shutil.rmtree(f"by_two/{name}")
-    observe_r1.train(uneven_config(FEW, "by_two", resume=True))
-    screen = capsys.readouterr().out
-    assert "goes on after step 2, from by_two/checkpoint-2" in screen
-    assert "1 processes instead of 2" in screen
-    lines, others = metrics_of(two / "by_two"), metrics_of(two / "whole")
-    assert lines[:2] == others[:2] and [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[3]["learning_rate"] == others[3]["learning_rate"]
-
-
-def test_a_checkpoint_holds_the_same_whoever_reads_it(two, monkeypatch):
+def test_what_two_processes_wrote_one_reads(two, monkeypatch):
     """After the last step nothing is left to train: final/ is the checkpoint's weights."""
     monkeypatch.chdir(two)
-    shutil.copytree("whole", "finished")
-    (two / "finished" / "final" / "model.safetensors").unlink()
-    observe_r1.train(uneven_config(FEW, "finished", resume=True))
-    assert final_bytes(two / "finished") == final_bytes(two / "whole")
+    shutil.copytree("whole", "by_two")
+    (two / "by_two" / "final" / "model.safetensors").unlink()
+    observe_r1.train(uneven_config("by_two", resume=True))
+    assert final_bytes(two / "by_two") == final_bytes(two / "whole")
 
 
-def test_one_failing_process_ends_all(two, tmp_path):
-    """The other one would otherwise wait for it."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-import test_processes as t
-import observe_r1 as o
-
-def failing(*arguments):
-    if o.RANK == 1:
-        raise RuntimeError("rank 1 has lost its disk")
-    return o.rollout(*arguments)
-
-o.train(t.uneven_config({str(two / FEW)!r}, "run"), failing)
-"""
-    (tmp_path / "fail.py").write_text(script)
-    started = time.time()
-    result = torchrun(tmp_path / "fail.py", cwd=tmp_path)
-    assert result.returncode != 0 and "rank 1 has lost its disk" in result.stderr
-    assert time.time() - started < 120
-    assert not (tmp_path / "run" / "final").exists()
+def test_two_processes_build_a_ladder_and_evaluate(two):
+    summary = json.loads((two / "ladder" / "summary.json").read_text())
+    assert summary["raw"] == summary["checkable"] == 9
+    rows = [row["row"] for row in read_jsonl(two / "ladder" / "scores.jsonl")]
+    assert rows == sorted(set(rows)) and len(rows) == summary["not_solved_without_reasoning"]
+    table = observe_r1.datasets.Dataset.from_parquet(str(two / "ladder" / "ladder.parquet"))
+    assert len(set(table["id"])) == len(table) == sum(summary["stages"]) > 0
+    rows = read_jsonl(two / "eval" / "responses.jsonl")
+    assert [row["row"] for row in rows] == list(range(9))
+    result = json.loads((two / "eval" / "eval.json").read_text())
+    right = torch.tensor([row["accuracy"] for row in rows]).mean().item()
+    assert result["n"] == 9 and result["accuracy"] == pytest.approx(right, abs=1e-4)
 
 
-def test_processes_may_finish_hours_apart(two, tmp_path, monkeypatch):
-    """Where they meet, the timeout is said once: the default of ten minutes ends an evaluation."""
-    said = {}
-
-    def init(*arguments, **options):
-        said.update(options)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.distributed, "init_process_group", init)
-    with pytest.raises(KeyboardInterrupt):
-        observe_r1.evaluate_model(uneven_config(two / FEW, tmp_path))
-    assert said["timeout"] >= timedelta(hours=12)
+def test_an_error_ends_all_processes(two):
+    """The other one would otherwise wait for it. A step must have a prompt for each."""
+    assert (two / "code.txt").read_text() == "1"
+    assert "lost its disk" in (two / "screen.txt").read_text()
+    assert not (two / "failing" / "final").exists()
+    for rank in range(2):
+        message = (two / f"small.{rank}.txt").read_text()
+        assert message == "a step of 1 problems for 2 processes"
