@@ -263,7 +263,6 @@ def ladder(config):
     for row in never_solved:
         answers = [rewards.extract_answer(text) for text in row["responses"]]
         row["commonest"] = max(answers, key=answers.count)
-    append_log(output / "never_solved.jsonl", never_solved)
     kept = select_problems(difficulty, complexity)
     order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
     chosen = kept[order]
@@ -272,6 +271,8 @@ def ladder(config):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
+        (output / "never_solved.jsonl").unlink(missing_ok=True)  # of a run that was resumed
+    append_log(output / "never_solved.jsonl", never_solved)
     counts = {
         "raw": len(raw),
         "checkable": len(checkable),
