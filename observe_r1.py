@@ -272,7 +272,6 @@ def ladder(config):
     for row in never_solved:
         answers = [rewards.extract_answer(text) for text in row["responses"]]
         row["commonest"] = max(answers, key=answers.count)
-    append_log(output / "never_solved.jsonl", never_solved)
     kept = select_problems(difficulty, complexity)
     order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
     chosen = kept[order]
@@ -281,6 +280,8 @@ def ladder(config):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
+        (output / "never_solved.jsonl").unlink(missing_ok=True)  # of a run that was resumed
+    append_log(output / "never_solved.jsonl", never_solved)
     counts = {
         "raw": len(raw),
         "checkable": len(checkable),
@@ -333,25 +334,6 @@ def model_inputs(model, prompt):
     inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
     del inputs["mm_token_type_ids"]
     return inputs
-
-
-class FixedLayer(DynamicLayer):
-    """Keys and values of one layer in one tensor [N,2,heads,P+T,size], with room for T tokens.
-
-    The library's own cache copies all of them for each new token.
-    """
-
-    def __init__(self, buffer, length):
-        super().__init__()
-        self.buffer, self.length = buffer, length
-
-    def update(self, keys, values, *args, **kwargs):
-        self.buffer[..., self.length, :] = torch.stack((keys, values), 1)[..., 0, :]
-        self.length += 1
-        return self.buffer[..., : self.length, :].unbind(1)
-
-    def batch_select_indices(self, indices):
-        self.buffer = self.buffer[indices]
 
 
 def read_prompts(model, prompts, config):
@@ -530,29 +512,6 @@ def pack_group(inputs, response_ids, mask):
     return row, predecessors
 
 
-def packed_attention(module, query, key, value, lengths, **options):
-    """Attention of a packed row: the prompt on itself, each response on the prompt and on itself.
-
-    query [1,heads,P+L,size], key and value with perhaps fewer heads -> [1,P+L,heads,size]. Each
-    token sees what it would see if its response alone stood behind the prompt: the result is the
-    same, and no mask of (P+L) x (P+L) is made. What is no packed row goes the library's way.
-    """
-    if not isinstance(lengths, list):
-        return sdpa_attention_forward(module, query, key, value, lengths, **options)
-    # Under autocast, rope returns queries and keys of fp32.
-    queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
-    outputs = []
-    for q, k, v in zip(queries, keys, values):
-        if outputs:  # the prompt is done: a response
-            k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
-        causal = causal_lower_right(q.shape[2], k.shape[2])
-        output = scaled_dot_product_attention(
-            q, k, v, causal, scale=options["scaling"], enable_gqa=True
-        )
-        outputs.append(output)
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
 def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
     """log p(target) from hidden states [L,H] and targets [L] -> [L]; head: weights [V,H].
 
@@ -599,19 +558,6 @@ class Policy(torch.nn.Module):
         vision = [p.flatten()[0] for p in model.model.visual.parameters() if p.requires_grad]
         log_probs = log_probs + 0 * sum(vision)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
-
-
-def plan_passes(rollouts, prompts, config):
-    """(prompt, responses) of each pass: a group, or equal parts of it within --token_budget."""
-    passes = []
-    for b in prompts:
-        room = config.token_budget - rollouts.prompts[b]["input_ids"].shape[1]
-        lengths = rollouts.mask[b].sum(-1).tolist()
-        for count in range(1, len(lengths) + 1):  # in the end, each response goes alone
-            if max(map(sum, np.array_split(lengths, count))) <= room:
-                break
-        passes += [(b, part) for part in np.array_split(range(len(lengths)), count)]
-    return passes
 
 
 def response_log_probs(policy, rollouts, config, prompts=None):
@@ -1205,6 +1151,29 @@ def cache_bytes(shapes):
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * DTYPE.itemsize
 
 
+def packed_attention(module, query, key, value, lengths, **options):
+    """Attention of a packed row: the prompt on itself, each response on the prompt and on itself.
+
+    query [1,heads,P+L,size], key and value with perhaps fewer heads -> [1,P+L,heads,size]. Each
+    token sees what it would see if its response alone stood behind the prompt: the result is the
+    same, and no mask of (P+L) x (P+L) is made. What is no packed row goes the library's way.
+    """
+    if not isinstance(lengths, list):
+        return sdpa_attention_forward(module, query, key, value, lengths, **options)
+    # Under autocast, rope returns queries and keys of fp32.
+    queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
+    outputs = []
+    for q, k, v in zip(queries, keys, values):
+        if outputs:  # the prompt is done: a response
+            k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
+        causal = causal_lower_right(q.shape[2], k.shape[2])
+        output = scaled_dot_product_attention(
+            q, k, v, causal, scale=options["scaling"], enable_gqa=True
+        )
+        outputs.append(output)
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
 def window_attention(module, query, key, value, cu_seq_lens_q, scaling, **options):
     """Attention of the vision tower, [1,heads,patches,size]: all windows of one length in one call.
 
@@ -1232,6 +1201,25 @@ def use_fast_attention(model):
     return model
 
 
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in one tensor [N,2,heads,P+T,size], with room for T tokens.
+
+    The library's own cache copies all of them for each new token.
+    """
+
+    def __init__(self, buffer, length):
+        super().__init__()
+        self.buffer, self.length = buffer, length
+
+    def update(self, keys, values, *args, **kwargs):
+        self.buffer[..., self.length, :] = torch.stack((keys, values), 1)[..., 0, :]
+        self.length += 1
+        return self.buffer[..., : self.length, :].unbind(1)
+
+    def batch_select_indices(self, indices):
+        self.buffer = self.buffer[indices]
+
+
 def cache_memory(config):
     """Bytes for the key/value cache of a rollout."""
     if config.cache_gb or not ACCELERATOR:
@@ -1247,6 +1235,19 @@ def fixed_log_probs(policy, rollouts, prompts, config):
         # of the last pass. A process that made none here would follow the sampler's order and ask
         # for another layer than the rest, and all would wait for ever.
         return response_log_probs(policy, rollouts, config, prompts or [0])
+
+
+def plan_passes(rollouts, prompts, config):
+    """(prompt, responses) of each pass: a group, or equal parts of it within --token_budget."""
+    passes = []
+    for b in prompts:
+        room = config.token_budget - rollouts.prompts[b]["input_ids"].shape[1]
+        lengths = rollouts.mask[b].sum(-1).tolist()
+        for count in range(1, len(lengths) + 1):  # in the end, each response goes alone
+            if max(map(sum, np.array_split(lengths, count))) <= room:
+                break
+        passes += [(b, part) for part in np.array_split(range(len(lengths)), count)]
+    return passes
 
 
 def minibatches(rollouts, trained, config):
