@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import numpy as np
+import pyarrow.dataset
 import pyarrow.parquet
 import report
 import torch
@@ -186,14 +187,16 @@ class Step:
 
 def take_step(config, number, by_line):
     """Train on the row of this number and on its neighbour."""
-    table = pyarrow.parquet.read_table(config.data)
-    if not 0 <= number < len(table):
-        raise ValueError(f"--problem {number}: {config.data} has the rows 0 to {len(table) - 1}")
-    neighbour = number - 1 if number else min(1, len(table) - 1)
+    Path(config.data).stat()  # OSError if it is not there
+    problems = pyarrow.dataset.dataset(config.data)
+    last = problems.count_rows() - 1
+    if not 0 <= number <= last:
+        raise ValueError(f"--problem {number}: {config.data} has the rows 0 to {last}")
+    neighbour = number - 1 if number else min(1, last)
     file_name = Path(config.data).name
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"rows {neighbour} and {number} of {file_name}")
-        pyarrow.parquet.write_table(table.take([neighbour, number]), file)
+        pyarrow.parquet.write_table(problems.take([neighbour, number]), file)
         small = replace(config, data=str(file), output_dir=f"{folder}/run", **ONE_STEP)
         trace, before = Trace(by_line), sys.gettrace()
         with silence():
@@ -331,7 +334,7 @@ def rewards_part(step):
 
 def reasons(step, i):
     """What the checker reads, and what is wrong with the blocks; who has the bonus, or why not."""
-    text, scores, floor = step.texts[i], step.scores[0], step.config.min_length
+    text, scores = step.texts[i], step.scores[0]
     answer = rewards.extract_answer(text)
     found = ["no answer found" if answer is None else f"answer {answer.strip()[:60]!r}"]
     found[0] += f", gold {step.problem['answer'][:60]!r}"
@@ -342,7 +345,7 @@ def reasons(step, i):
         found.append(", ".join(wrong) or "blocks blank, out of order or with text between them")
     correct = [j for j, value in enumerate(scores["accuracy"]) if value]
     if correct and i == min(correct, key=lambda j: step.lengths[j]):
-        found.append(f"shortest correct, of {step.lengths[i]} tokens; the floor is {floor}")
+        found.append(f"shortest correct, of {step.lengths[i]} tokens")
     return "; ".join(found)
 
 
@@ -431,14 +434,11 @@ def is_clipped(token):
 
 def three_tokens(group):
     """A clipped token, one as far out that is not clipped, and those that moved most."""
-    tokens = sorted(itertools.chain(*group), key=lambda token: -abs(token["ratio"] - 1))
     # The same token at the same place of several responses is one move.
-    tokens = list({(token["ratio"], token["A"] > 0): token for token in tokens[::-1]}.values())[
-        ::-1
-    ]
+    moves = {(token["ratio"], token["A"] > 0): token for token in itertools.chain(*group)}
+    tokens = sorted(moves.values(), key=lambda token: -abs(token["ratio"] - 1))
     clipped = [token for token in tokens if is_clipped(token)][:1]
-    free = [token for token in tokens if not is_clipped(token)]
-    chosen = clipped + free[: 3 - len(clipped)]
+    chosen = (clipped + [token for token in tokens if not is_clipped(token)])[:3]
     return sorted(chosen, key=lambda token: (token["response"], token["token"]))
 
 
@@ -467,7 +467,7 @@ def log_probs_part(step):
 
 
 def ratio_part(step):
-    group, clip = step.group, step.config.clip_range
+    group, clip, beta = step.group, step.config.clip_range, step.config.kl_coef
     yield (
         "The *ratio* says how much likelier a token has become since it was sampled. ratio * A is "
         "what we want to be large. *Clipping* takes away the reason to go further once a token has "
@@ -479,18 +479,21 @@ def ratio_part(step):
         "ratio     = exp(log p new - log p old)",
         f"objective = min(ratio A, clip(ratio, {1 - clip:g}, {1 + clip:g}) A)",
         "KL        = exp(q) - q - 1, q = log p reference - log p new",
-        f"push      = ratio A, 0 if clipped, - {step.config.kl_coef:g} (1 - exp(q)): the gradient",
+        f"push      = ratio A, 0 if clipped, - {beta:g} (1 - exp(q)): the gradient",
     ]
     yield token_table(step, ("ratio", "clipped", "A", "objective", "kl", "push"))
     for token in three_tokens(group):
-        yield f"Response {token['response']}, token {token['token']}: {verdict(token, clip)}"
+        way = "up" if token["q"] > 0 else "down"
+        back = f" KL draws it {way}, to the reference." if beta * token["q"] else ""
+        place = f"Response {token['response']}, token {token['token']}"
+        yield f"{place}: {verdict(token, clip)}{back}"
     count = sum(map(is_clipped, itertools.chain(*group)))
     yield [f"clipped in this group: {count} of {sum(map(len, group))} tokens"]
 
 
 def verdict(token, clip):
-    """In words, what ratio, clip, minimum and KL do to a token."""
-    ratio, A, q = token["ratio"], token["A"], token["q"]
+    """In words, what ratio, clip and minimum do to a token."""
+    ratio, A = token["ratio"], token["A"]
     wish = "likelier" if A > 0 else "less likely"
     text = f"A wants it {wish}; it is now {ratio:.2f} times as likely as when it was sampled. "
     terms = f"ratio A = {ratio * A:+.3f}, clip(ratio) A = {token['clipped'] * A:+.3f}"
@@ -504,8 +507,7 @@ def verdict(token, clip):
         text += "out of range, so that the push stays on and brings it back: not clipped."
     else:
         text += "That is within the range: clip changes nothing, the push is ratio A."
-    way = "up" if q > 0 else "down"
-    return text + (f" KL draws it {way}, to the reference." if q else " KL is at its minimum, 0.")
+    return text
 
 
 def loss_part(step):
@@ -524,12 +526,11 @@ def loss_part(step):
         numbers = (f"{x:+.5f}" for x in (tokens[0]["A"], objective, kl, cost))
         rows.append((i, len(tokens), *numbers))
     yield table(*rows)
-    norm, limit = step.last("optimizer_step").result, c.max_grad_norm
-    scaled = f"longer than {limit:g}: scaled down to it" if norm > limit else f"at most {limit:g}"
+    norm = step.last("optimizer_step").result
     yield [
         f"L by hand        {total / count:+.6f}",
         f"L by grpo_loss   {call.result[0].item():+.6f}",
-        f"gradient norm    {norm:.4f}, {scaled}",
+        f"gradient norm    {norm:.4f}, scaled to at most {c.max_grad_norm:g}",
     ]
     yield (
         "Near its start the loss is about 0 whatever the policy has learnt: ratios are near 1 and "
