@@ -93,7 +93,6 @@ def test_a_running_page_shows_what_there_is(training, no_curves):
     page = training([metrics(1, skipped_updates=2)], [], held_out)
     assert "steps so far: running, or stopped early" in page and "2 updates were skipped" in page
     assert "step 0 and 0" in page and "before and after" not in page
-    assert "No group that the log shows was trained on" in page
     with open(training.folder / "metrics.jsonl", "ab") as log:
         log.write('{"step": 2, "id": "ü'.encode()[:-1])  # in the middle of a character
     assert len(report.read_rows(training.folder / "metrics.jsonl")) == 1
@@ -206,7 +205,7 @@ def test_an_evaluation_shows_its_interval_and_pass_at_k(commands):
     assert "95 % interval {:.3f} to {:.3f}".format(*result["interval"]) in page
     once = np.mean([any(row["accuracy"]) for row in rows])
     assert f"<b>{once:.3f}</b><small>pass@2" in page
-    assert page.count('class="card"') == report.SHOWN and page.count("<img") == report.SHOWN
+    assert page.count("<img") == report.SHOWN
 
 
 def test_mistakes_end_in_a_line(tmp_path, monkeypatch):

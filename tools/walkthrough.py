@@ -307,7 +307,7 @@ def response_lines(step, when):
     lengths = step.scores[when]["response_length"]
     for i, text in enumerate(step.rollouts[when].texts[FOLLOWED]):
         length = f"{lengths[i]} cut" if cut[i] else lengths[i].item()
-        rows.append((i + 1, length, text.strip() or "(empty)"))
+        rows.append((i + 1, length, text))
     return table(*rows)
 
 
@@ -642,7 +642,7 @@ def describe(value, depth=0):
         return f"<details><summary>{len(entries)} entries</summary>{lines}</details>"
     if isinstance(value, (list, tuple, set)):
         if all(isinstance(one, (int, float)) for one in value):
-            return short(list(value)[: 2 * MOST])
+            return short(list(value))
         first = f", the first: {describe(next(iter(value)), depth + 1)}" if depth < 2 else ""
         return f"<i>{len(value)} values</i>{first}"
     return f"<i>{escape(type(value).__name__)}</i>"
