@@ -1,316 +1,217 @@
-"""The page of a run (tools/report.py): what it shows, what it escapes, what it reads again."""
+"""The page of a run (tools/report.py): what it shows and what it escapes."""
 
+import base64
+import io
+import itertools
 import json
-import subprocess
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT, run_python, toy_config, toy_rows, write_jsonl, write_parquet
+from PIL import Image
 
 pytest.importorskip("matplotlib")
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(ROOT / "tools"))
 import report
 
+import observe_r1
+
 EVIL = "<script>x</script><observe>a<think>b</observe></think><answer>&</answer>"
-PICTURE = "data:image/png;base64,iVBORw0KGgo="
 
 
 def metrics(step, **changes):
     row = {"step": step, "optimizer_step": 2 * step, "reward": 1.2, "accuracy": 0.625}
     row |= {"format": 0.496, "bonus": 0.0125, "response_length": 30.0, "truncated_fraction": 0.0}
-    row |= {"weight": 1.5, "kl": 0.01, "clip_fraction": 0.02, "grad_norm": 2.0}
-    row |= {"learning_rate": 1e-4, "zero_weight_fraction": 0.25, "seconds": 1.5}
-    return row | changes
+    row |= {"weight": 1.5, "kl": 0.01, "clip_fraction": 0.02, "grad_norm": 2.0, "seconds": 1.5}
+    return row | {"learning_rate": 1e-4, "skipped_updates": 0} | changes
 
 
-def response(text, accuracy, bonus, advantage):
-    reward = accuracy + 0.5 + bonus
-    row = {"text": text, "accuracy": accuracy, "format": 0.5, "bonus": bonus, "reward": reward}
-    return row | {"advantage": advantage, "length": 40}
+def group(step=1, row=0, **changes):
+    """A right response, which gets the bonus, behind a wrong one."""
+    logged = {"step": step, "row": row, "question": f"question {row}?", "answer": "7"}
+    logged |= {"responses": [f"wrong-{row}", f"right-{row}"], "accuracy": [0.0, 1.0]}
+    logged |= {"format": [0.5, 0.5], "bonus": [0.0, 0.2], "reward": [0.5, 1.7], "weight": 1.5}
+    return logged | {"response_length": [40, 30], "advantage": [-0.5, 1.25], **changes}
 
 
-def group(step, name, advantages=(1.25, -0.5), weight=1.5, **changes):
-    """A problem with a right response, which gets the bonus, and a wrong one."""
-    high, low = advantages
-    responses = [
-        response(f"wrong-{name}", 0.0, 0.0, low),
-        response(f"right-{name}", 1.0, 0.2, high),
-    ]
-    row = {"step": step, "id": name, "question": f"question {name}?", "answer": "7"}
-    row |= {"difficulty": 0.375, "weight": weight, "pictures": [PICTURE], "responses": responses}
-    return row | changes
+@pytest.fixture
+def training(tmp_path):
+    """Writes the files of a training run on three problems; returns its page."""
+    rows = toy_rows("heldout", [0, 1, 2])
+    for i, row in enumerate(rows):
+        row["question"] = f"question {i}?"
+    data = write_parquet(tmp_path / "data.parquet", rows)
 
+    def write(steps, groups=(), held_out=(), **config):
+        config = {"data": data, "eval_data": data, **config}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        write_jsonl(tmp_path / "metrics.jsonl", steps)
+        write_jsonl(tmp_path / "rollouts.jsonl", groups)
+        for step, own in dict(held_out).items():
+            write_jsonl(tmp_path / f"held_out-{step}.jsonl", own)
+        return report.training_page(tmp_path, config) + report.options_html(config)
 
-def held_out(step, name, accuracy):
-    row = group(step, name, (None, None), None, held_out=True)
-    for one in row["responses"]:
-        one |= {"accuracy": accuracy, "bonus": None}
-    return row
-
-
-def write_lines(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_run(folder, steps=(), groups=(), summary=None, **config):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"max_steps": 0, **config}))
-    write_lines(folder / "metrics.jsonl", steps)
-    write_lines(folder / "rollouts.jsonl", groups)
-    if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-SUMMARY = {"accuracy_before": 0.4154, "accuracy_after": 0.8828, "format_before": 0.1895}
-SUMMARY |= {"format_after": 0.4974, "response_length_before": 24.1, "response_length_after": 33.8}
-SUMMARY |= {"seconds": 73.4, "steps": 2}
+    write.folder = tmp_path
+    return write
 
 
 @pytest.fixture
 def no_curves(monkeypatch):
     """For tests of the rest of the page: a dozen drawings take most of a second."""
-    monkeypatch.setattr(report, "draw_chart", lambda *arguments, **options: "")
+    monkeypatch.setattr(report, "draw_curves", lambda *arguments, **options: "")
 
 
-def page_of(folder):
-    run = report.Run(folder)
-    run.read()
-    return report.write_page(run).read_text()
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_response():
+    for samples, right in ((1, 0), (1, 1), (4, 1), (5, 2), (6, 6)):
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations([1] * right + [0] * (samples - right), k))
+            counted = np.mean([any(subset) for subset in subsets])
+            assert report.pass_at_k(samples, right, k) == pytest.approx(counted)
+    rows = [{"accuracy": [1.0, 0.0, 0.0]}, {"accuracy": [0.0, 0.0, 0.0]}]
+    ks, values = report.pass_curve(rows)
+    assert ks == [1, 2, 3] and values == pytest.approx([1 / 6, 1 / 3, 1 / 2])
 
 
-def test_the_result_stands_first_and_the_configuration_is_folded(tmp_path, no_curves):
-    steps = [metrics(1, difficulty=0.25), metrics(2, difficulty=0.75, eval_accuracy=0.8828)]
-    page = page_of(write_run(tmp_path / "a run", steps, [group(1, "a")], SUMMARY, seed=17))
-    result = page.index("0.42 → <span>0.88</span>")
+def test_the_result_stands_first_and_the_configuration_is_folded(training, no_curves):
+    held_out = {0: [group(row=0, accuracy=[0.0, 0.0])], 1: [group(row=0)]}
+    (training.folder / "summary.json").write_text('{"interval_after": [0.41, 0.59]}')
+    page = training([metrics(1), metrics(2, format=0.25)], [group()], held_out, seed=17)
+    assert page.index("<b>0.00 → 0.50</b>") < page.index("<summary>Configuration")
     assert (
-        result < page.index("<details><summary>Configuration</summary>") < page.index("seed <b>17")
+        "of held-out responses are right, step 0 and 1; 95 % interval of the last 0.41 to" in page
     )
-    assert "38% → 99%" in page  # .1895 / .5 and .4974 / .5 of the responses are well-formed
-    assert "24 → 34" in page and "73 s" in page
-    assert "step 2 of 2 · difficulty of its problems 0.75" in page
-    assert '<progress value="2" max="2">' in page
-    assert "running" not in page and "http-equiv" not in page
+    assert "0.50 → 0.25" in page and "30 → 30" in page and "<div>seed <b>17</b>" in page
+    assert "so far" not in page and "skipped" not in page
 
 
-def test_curves_have_every_number_that_was_logged(tmp_path):
-    steps = [metrics(step, format=0.4 + 0.05 * step, humour=0.3) for step in (1, 2)]
-    steps.insert(0, {"step": 0, "eval_accuracy": 0.4})
-    steps[-1]["eval_accuracy"] = 0.5
-    page = page_of(write_run(tmp_path, steps))
-    for title in ("where the reward comes from", "response length", "KL", "clipped", "humour"):
-        assert f"<h3>{title} " in page
-    assert "held-out accuracy <small>0.4 → 0.5</small>" in page
-    # under the pointer: the share of well-formed responses, .45 / .5 and .5 / .5, not the reward
-    assert "<title>step 1: 0.9</title>" in page and "<title>step 2: 1</title>" in page
-    assert page.count("<title>step 1: 0.3</title>") == 1  # a number of somebody's own
-    assert "0.40 → <span>0.50</span>" in page and "before training and after step 2" in page
+def test_a_running_page_shows_what_there_is(training, no_curves):
+    assert "No step has been logged yet" in training([])
+    held_out = {0: [group(), group(row=1)], 10: [group()]}  # the second is being measured
+    page = training([metrics(1, skipped_updates=2)], [], held_out)
+    assert "steps so far: running, or stopped early" in page and "2 updates were skipped" in page
+    assert "step 0 and 0" in page and "before and after" not in page
+    with open(training.folder / "metrics.jsonl", "ab") as log:
+        log.write('{"step": 2, "id": "ü'.encode()[:-1])  # in the middle of a character
+    assert len(report.read_rows(training.folder / "metrics.jsonl")) == 1
 
 
-def test_points_of_a_curve_stand_at_their_step_and_value():
-    """Places in the drawing rise in proportion to the values, and each carries its own title."""
-    points = [(1, 0.5), (2, 1.0), (4, 0.25)]
-    svg = report.draw_chart(report.single("kl", "KL", ""), [points])
-    places = []
-    for part in svg.split("<use ")[1:]:
-        if "<title>" in part[:400].split("</use>")[0]:
-            x = float(part.split(' x="')[1].split('"')[0])
-            y = float(part.split(' y="')[1].split('"')[0])
-            places.append((x, y, part.split("<title>")[1].split("</title>")[0]))
-    assert [title for *_, title in places] == ["step 1: 0.5", "step 2: 1", "step 4: 0.25"]
-    (x1, y1, _), (x2, y2, _), (x4, y4, _) = places
-    assert (x4 - x2) == pytest.approx(2 * (x2 - x1), abs=0.05)
-    assert (y1 - y2) == pytest.approx(2 * (y4 - y1), abs=0.05)  # y points down
+def test_curves_have_every_number_that_was_logged(training):
+    steps = [metrics(step, humour=0.3 * step, difficulty=0.5) for step in (1, 2)]
+    steps[1]["kl"] = None  # a NaN
+    steps[0]["grad_norm"] = steps[1]["grad_norm"] = None
+    held_out = {0: [group(accuracy=[0.0, 0.0])], 2: [group()]}
+    page = training(steps, [], held_out)
+    for title in ("held-out accuracy 0 → 0.5", "pass@k", "where the reward comes from"):
+        assert f"<h3>{title}</h3>" in page
+    for title in ("the ladder", "humour 0.3 → 0.6", "learning_rate 0.0001 → 0.0001"):
+        assert f"<h3>{title}</h3>" in page
+    assert "nats a token; 1 values are NaN or infinite" in page and "grad_norm" not in page
+    assert 'step 0</span><span class="key"' in page  # pass@k before and after, one drawing
 
 
-def test_small_numbers_on_an_axis_keep_their_digits():
-    points = [(step, step * 1e-5) for step in range(1, 11)]
-    svg = report.draw_chart(report.single("learning_rate", "learning rate", ""), [points])
-    assert ">0.00010<" in svg or ">0.0001<" in svg
+def test_points_of_a_curve_stand_in_proportion(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "svg_text", lambda figure, name: drawn.append(figure.axes[0]))
+    report.draw_curves("two", {"a": ([1, 2, 4], [0.5, 1.0, 0.25]), "b": ([1, 2], [-1, 0])})
+    parts = {"a": ([1, 2], [0.5, 1.0]), "b": ([1, 2], [0.25, 0.5])}
+    report.draw_curves("stacked", parts, stacked=True)
+    assert [list(line.get_ydata()) for line in drawn[0].lines] == [[0.5, 1.0, 0.25], [-1, 0]]
+    assert drawn[0].get_ylim()[0] < -1
+    tops = [path.get_paths()[0].vertices[:, 1].max() for path in drawn[1].collections]
+    assert tops == [1.0, 1.5] and drawn[1].get_ylim()[0] == 0
 
 
-def test_what_cannot_be_drawn_is_counted(tmp_path):
-    steps = [metrics(1, kl=float("nan"), bonus=float("inf")), metrics(2, kl=0.5), metrics(3)]
-    steps[0]["grad_norm"] = steps[1]["grad_norm"] = steps[2]["grad_norm"] = float("nan")
-    page = page_of(write_run(tmp_path, steps))
-    assert "nats a token; 1 of 3 steps are NaN or infinite and not drawn" in page
-    assert "parts stacked; 1 of 3 steps are NaN" in page
-    assert "before clipping; 3 of 3 steps are NaN" in page
-    assert "<progress" not in page  # nobody knows how many steps there will be
-
-
-def test_moving_mean_by_hand():
-    points = [(step, float(step % 2)) for step in range(48)]  # two points on each side
-    means = dict(report.moving_mean(points))
-    assert means[10] == pytest.approx(2 / 5) and means[11] == pytest.approx(3 / 5)
-    assert means[0] == pytest.approx(1 / 3)  # at the end only what is there
-
-
-def test_a_group_says_who_got_the_bonus_and_where_the_reward_came_from(tmp_path, no_curves):
-    page = page_of(write_run(tmp_path, [metrics(1)], [group(1, "a")], max_steps=60))
-    assert "<h3>Step 1 of 60 <small>1 of 2 right · difficulty 0.375 · weight 1.5</small>" in page
-    best, worst = page.index("right-a"), page.index("wrong-a")
-    assert best < worst  # sorted by advantage
-    rows = page.split('<div class="response')[2:]  # the first is the head
-    assert "+1.25" in rows[0] and "★ bonus: shortest correct" in rows[0]
-    assert "<b>1.7</b> = accuracy 1 + format 0.5 + bonus 0.2" in rows[0]
+def test_a_group_says_who_got_the_bonus_and_where_the_reward_came_from():
+    page = report.group_html(group(difficulty=0.375), "Step 1")
+    assert "Step 1 <small>1 of 2 right, difficulty 0.375, weight 1.5</small>" in page
+    best, worst = page.split('<div class="response">')[1:]  # sorted by advantage
+    assert "+1.25" in best and "30 tokens" in best and "right-0" in best
+    assert "1.7 = accuracy 1 + format 0.5 + bonus 0.2<" in best
     # of a full bar of 1.7: accuracy 58.8 %, format 29.4 %, bonus 11.8 %
-    for width in ("58.8%", "29.4%", "11.8%"):
-        assert f"width:{width}" in rows[0]
-    assert "-0.50" in rows[1] and "★" not in rows[1] and "<b>0.5</b> = format 0.5<" in rows[1]
-    # the bars share a scale on which the largest advantage fills half the width
-    assert "left:50.0%;width:50.0%" in rows[0] and "left:30.0%;width:20.0%" in rows[1]
+    assert re.findall(r"width:([\d.]+)%", best) == ["58.8", "29.4", "11.8"]
+    assert "-0.50" in worst and "40 tokens" in worst and "0.5 = format 0.5<" in worst
+    own = report.group_html(group(reward=[0.9, 1.7]), "")  # a reward that somebody has added
+    assert "0.9 = format 0.5 + others 0.4<" in own
 
 
-def test_the_number_of_steps_is_told_by_the_log_before_the_options(tmp_path, no_curves):
-    page = page_of(write_run(tmp_path, [metrics(3, total_steps=7)], max_steps=9))
-    assert "step 3 of 7" in page and '<progress value="3" max="7">' in page
-    assert "<h3>total_steps" not in page
-
-
-def test_a_reward_of_ones_own_is_part_of_the_sum(tmp_path, no_curves):
-    row = group(1, "a")
-    row["responses"][0]["reward"] = 0.9
-    page = page_of(write_run(tmp_path, [metrics(1)], [row]))
-    assert "<b>0.9</b> = format 0.5 + other 0.4" in page
-
-
-def test_what_a_model_or_a_file_wrote_is_escaped(tmp_path):
-    row = group(1, "<b>", question="<script>q", answer="<i>")
-    row["pictures"] = ["https://example.org/x.png", 'data:image/png;base64,"><script>']
-    row["responses"][0]["text"] = EVIL
-    late = held_out(2, "<b>", 1.0) | {"question": "<script>h", "answer": "<i>"}
-    early = late | {"step": 0}
-    steps = [metrics(1, **{"<script>m": 1.0})]
-    page = page_of(write_run(tmp_path, steps, [early, row, late], **{"<script>c": "<script>d"}))
-    assert "<script" not in page and "<i>" not in page and "example.org" not in page
+def test_what_a_model_or_a_file_wrote_is_escaped(training, no_curves):
+    evil = group(responses=[EVIL, "<i>"], question="<script>q", answer="<i>")
+    page = training([metrics(1)], [evil], {0: [evil], 1: [evil]}, **{"<script>c": "<script>d"})
+    page = report.page("<script>t", page)
+    assert "<script" not in page and "<i>" not in page
     assert "&lt;script&gt;x&lt;/script&gt;" in page
     assert '<span class="answer">&lt;answer&gt;&amp;&lt;/answer&gt;</span>' in page
-    for place in ("q", "h", "m", "c", "d"):
-        assert f"&lt;script&gt;{place}" in page
-    outside = page.replace("http://www.w3.org/", "")  # names of SVG, which nothing loads
-    assert "http" not in outside and "url(h" not in outside
+    assert "http" not in page and "url(" not in page  # nothing is loaded from elsewhere
 
 
-def test_ends_show_groups_that_were_trained_on():
-    solved = group(1, "solved", (0.0, 0.0), 0.0)
-    rows = [solved, group(1, "a"), group(1, "b"), group(2, "c"), group(3, "d"), group(3, "b")]
-    rows.append(group(4, "hopeless", (0.0, 0.0), 0.0))
-    first, last = report.first_and_last(rows)
-    assert (first["step"], first["id"], last["step"], last["id"]) == (1, "b", 3, "b")
-    first, last = report.first_and_last([*rows[:2], rows[4]])
-    assert (first["id"], last["id"]) == ("a", "d")
-    assert report.first_and_last([solved]) == []
+def test_pictures_come_from_the_row_of_the_parquet_file(training, no_curves):
+    page = training([metrics(1)], [group(row=2), group(row=1, question="another?")])
+    (uri,) = re.findall(r"data:image/webp;base64,([^\"]+)", page)
+    shown = Image.open(io.BytesIO(base64.b64decode(uri)))
+    stored = Image.open(io.BytesIO(toy_rows("heldout", [2])[0]["images"][0]["bytes"]))
+    assert np.abs(np.subtract(shown.convert("L"), stored, dtype=float)).mean() < 3
+    assert "no longer" in page  # a problem that is another one now has no picture
+    page = training([metrics(1)], [group()], data="nowhere.parquet")
+    assert "nowhere.parquet has this problem" in page and "<img" not in page
+    assert len(report.data_uri(Image.new("RGB", (5000, 3000)))) < 5000
 
 
-def test_a_page_without_trained_groups_at_its_ends_says_so(tmp_path, no_curves):
-    rows = [group(1, "x", (0.0, 0.0), 0.0), group(2, "a"), group(3, "y", (0.0, 0.0), 0.0)]
-    page = page_of(write_run(tmp_path, [metrics(3)], rows))
-    assert "Before step 2 none" in page and "After step 2 none" in page
-    assert "all advantages 0: this group teaches nothing" in page
-    page = page_of(write_run(tmp_path, [metrics(1)], rows[:1]))
-    assert "No group that the log shows was trained on" in page
+def test_first_and_last_step_stand_open_the_others_are_folded(training, no_curves):
+    rows = [group(1, 0, advantage=[0.0, 0.0]), *(group(step, step % 3) for step in range(2, 9))]
+    page = training([metrics(8)], rows)
+    found = re.findall(r"<h3>(Step \d) |<summary>(In between)", page)
+    assert found[:3] == [("Step 2", ""), ("Step 8", ""), ("", "In between")]
+    assert len(found) == 8 and ("Step 1", "") not in found
+    assert report.evenly(list(range(100)), 5) == [0, 25, 50, 74, 99]
+    assert report.evenly([]) == []
 
 
-def test_a_held_out_problem_stands_beside_itself(tmp_path, no_curves):
-    rows = [held_out(0, "h", 0.0), held_out(0, "once", 0.0), group(1, "a"), held_out(1, "h", 0.5)]
-    rows.append(held_out(2, "h", 1.0))
-    ((before, after),) = report.held_out_pairs(rows)
-    assert (before["step"], after["step"]) == (0, 2)
-    page = page_of(write_run(tmp_path, [metrics(1), metrics(2)], rows, max_steps=2))
-    pair = page.index("The same held-out problem")
-    assert pair < page.index("What was trained on")
-    assert "<b>before training</b> <small>0 of 2 right" in page
-    assert "<b>after step 2 of 2</b> <small>2 of 2 right" in page
-    assert page.count("right-h") == 2  # and no card of a trained group
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """A ladder and an evaluation by the script itself."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_parquet(folder / "raw.parquet", toy_rows("ladder", range(0, 960, 60)))
+    for name, command in (("ladder", observe_r1.ladder), ("eval", observe_r1.evaluate_model)):
+        options = {"output_dir": str(folder / name), "eval_data": "", "eval_steps": 0}
+        command(toy_config(data=data, num_samples=2, **options))
+    return folder
 
 
-def test_follow_reads_only_what_was_appended(tmp_path):
-    """A change in bytes that were read goes unseen; new lines, and a line's missing end, do not."""
-    file = write_run(tmp_path, [metrics(1), metrics(2)]) / "metrics.jsonl"
-    log = report.Log(file)
-    assert log.read_new() and [row["step"] for row in log.rows] == [1, 2]
-    assert not log.read_new()
-
-    text = file.read_text()
-    line = json.dumps(metrics(3)) + "\n"
-    file.write_text(text.replace('"step": 1', '"step": 8') + line[:20])
-    assert not log.read_new() and log.half_written
-    with open(file, "a") as stream:
-        stream.write(line[20:])
-    assert log.read_new() and not log.half_written
-    assert [row["step"] for row in log.rows] == [1, 2, 3]
+def report_of(folder):
+    result = run_python(ROOT / "tools/report.py", folder, cwd=folder)
+    return result, Path(folder, "report.html")
 
 
-def test_a_log_that_was_cut_or_begun_anew_is_read_again(tmp_path):
-    file = write_run(tmp_path, [metrics(1), metrics(2), metrics(3)]) / "metrics.jsonl"
-    log = report.Log(file)
-    log.read_new()
-    write_lines(file, [metrics(1), metrics(2)])  # resumed after step 2
-    assert log.read_new() and [row["step"] for row in log.rows] == [1, 2]
-    write_lines(file, [metrics(step, seconds=9.0) for step in (1, 2, 3, 4)])
-    assert log.read_new() and len(log.rows) == 4 and log.rows[0]["seconds"] == 9.0
-    file.unlink()
-    assert log.read_new() and log.rows == []
+def test_a_ladder_shows_its_stages_and_what_was_never_solved(commands):
+    result, file = report_of(commands / "ladder")
+    assert result.returncode == 0, result.stderr
+    page = file.read_text()
+    summary = json.loads((commands / "ladder/summary.json").read_text())
+    assert f"<b>{summary['ladder']}</b><small>ladder" in page
+    assert "never solved" in page and "Nine stages" in page
+    assert page.count("The commonest answer was") == summary["never_solved"] > 0
 
 
-def test_a_half_written_line_is_left_out_and_named(tmp_path, no_curves):
-    run = write_run(tmp_path, [metrics(1)], [group(1, "a")])
-    with open(run / "rollouts.jsonl", "ab") as stream:
-        stream.write('{"step": 2, "id": "ü'.encode()[:-1])  # in the middle of a character
-    (run / "summary.json").write_text('{"accuracy_before": 0.')
-    page = page_of(run)
-    assert "The last line of rollouts.jsonl is half written" in page
-    assert "summary.json is no whole JSON object" in page and "running, or stopped early" in page
+def test_an_evaluation_shows_its_interval_and_pass_at_k(commands):
+    result, file = report_of(commands / "eval")
+    assert result.returncode == 0, result.stderr
+    result = json.loads((commands / "eval/eval.json").read_text())
+    rows = report.read_rows(commands / "eval/responses.jsonl")
+    page = file.read_text()
+    assert f"<b>{result['accuracy']:.3f}</b>" in page
+    assert "95 % interval {:.3f} to {:.3f}".format(*result["interval"]) in page
+    once = np.mean([any(row["accuracy"]) for row in rows])
+    assert f"<b>{once:.3f}</b><small>pass@2" in page
+    assert page.count("<img") == report.SHOWN
 
 
-def command(*arguments):
-    words = [sys.executable, str(TOOLS / "report.py"), *map(str, arguments)]
-    return subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
-
-
-def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
-    result = command(tmp_path)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert (
-        f"{tmp_path}/metrics.jsonl is missing" in result.stderr and "--output_dir" in result.stderr
-    )
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"reward": 1}\n')
-    result = command(tmp_path)
-    assert result.returncode == 1 and "metrics.jsonl, line 2" in result.stderr
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    result = command(tmp_path)
-    assert result.returncode == 0 and "note: config.json is missing" in result.stdout
-    assert "rollouts.jsonl is missing" in (tmp_path / "report.html").read_text()
-
-
-def test_without_matplotlib_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_a_line(tmp_path, monkeypatch):
+    result, _ = report_of(tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "metrics.jsonl" in result.stderr and "--output_dir" in result.stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
-    monkeypatch.setattr(sys, "argv", ["report.py", str(write_run(tmp_path, [metrics(1)]))])
-    with pytest.raises(SystemExit) as stop:
-        report.main()
-    assert "pip install matplotlib" in str(stop.value.code)  # text as the code: exit status 1
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_follow_rewrites_the_page_until_the_summary_comes(tmp_path, monkeypatch, no_curves):
-    """Each pause of `follow` is a step of the training that it watches."""
-    folder = write_run(tmp_path, [metrics(1)], max_steps=2)
-    pages = []
-
-    def train_on(seconds):
-        pages.append((folder / "report.html").read_text())
-        if len(pages) == 2:
-            (folder / "summary.json").write_text(json.dumps(SUMMARY))
-        elif len(pages) == 1:
-            with open(folder / "metrics.jsonl", "a") as stream:
-                stream.write(json.dumps(metrics(2)) + "\n")
-
-    monkeypatch.setattr(report.time, "sleep", train_on)
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--follow"])
-    report.main()
-    assert ["step 1 of 2" in page for page in pages] == [True, False]
-    assert "step 2 of 2" in pages[1] and all('http-equiv="refresh"' in page for page in pages)
-    last = (folder / "report.html").read_text()
-    assert "0.42 → <span>0.88</span>" in last and "http-equiv" not in last
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        report.new_figure(1, 1)

@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import itertools
 import math
 import re
 import statistics
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY, toy_config, write_jsonl
+from conftest import ROOT, toy_config, toy_rows, write_parquet
 
 sys.path.insert(0, str(ROOT / "tools"))
 import walkthrough
@@ -19,14 +20,12 @@ import observe_r1
 import rewards
 
 FORMAT = r"\s*<observe>.+</observe>\s*<think>.+</think>\s*<answer>.+</answer>\s*"
-OPTIONS = {"num_generations": 8, "max_new_tokens": 128}
 
 
-def walk(**options):
+def walk(number=walkthrough.DEFAULT_PROBLEM, by_line=True, **options):
     """One step, as text and as a page."""
-    problem = options.pop("problem", None)
-    config = toy_config(**{**OPTIONS, **options})
-    step = walkthrough.take_step(config, problem, by_line=True)
+    config = toy_config(**{"num_generations": 8, "max_new_tokens": 128, **options})
+    step = walkthrough.take_step(config, number, by_line)
     text = walkthrough.text_of(step)
     return SimpleNamespace(step=step, text=text, page=walkthrough.page_html(step))
 
@@ -53,75 +52,48 @@ def reward_table(toy):
 
 def printed_tokens(toy):
     """What parts 7 and 8 say of three tokens, side by side."""
-    name = r"(\d) +(\d+) +'.*?' +"
-    number = r"(-?\+?[\d.]+) *"
-    before = rows(toy.text, 7, name + number * 3)
-    after = rows(toy.text, 8, name + number * 5 + "(clipped)?")
-    assert [one[:2] for one in before] == [one[:2] for one in after]
+    name, number = r"(\d) +(\d+) +'.*?' +", r"([-+][\d.]+) *"
+    before, after = rows(toy.text, 7, name + number * 3), rows(toy.text, 8, name + number * 6)
     names = (
-        "response",
-        "place",
-        "old",
-        "new",
-        "reference",
-        "ratio",
-        "clip",
-        "A",
-        "objective",
-        "kl",
+        "response token old new reference place_1 place_2 ratio clip A objective kl push".split()
     )
-    tokens = []
-    for left, right in zip(before, after):
-        token = dict(zip(names, map(float, left + right[2:7])))
-        tokens.append(token | {"clipped": right[7] == "clipped"})
-    return tokens
+    return [dict(zip(names, map(float, a + b))) for a, b in zip(before, after, strict=True)]
 
 
-def test_rewards_follow_from_the_printed_responses(toy):
-    gold = re.search(r"gold +(\d+)", toy.text)[1]
-    texts = toy.step.texts
-    lengths = [int(length) for length in rows(toy.text, 3, r"\d +(\d+) +<")]
-    squeezed = re.sub(r"\s+", "", toy.text)
-    table = reward_table(toy)
-    answers = [re.findall(r"<answer>(.*?)</answer>", text) for text in texts]
-    correct = [bool(found) and found[-1] == gold for found in answers]
-    shortest = min((i for i in range(8) if correct[i]), key=lambda i: lengths[i])
-    for i, text in enumerate(texts):
-        assert re.sub(r"\s+", "", text) in squeezed
-        is_formed = bool(re.fullmatch(FORMAT, text))
-        bonus = 0.2 if i == shortest and lengths[i] > 20 else 0
-        expected = [float(correct[i]), 0.5 * is_formed, bonus]
-        assert table[i] == pytest.approx([*expected, sum(expected)])
+def test_responses_and_their_rewards(toy):
+    gold = re.search(r"answer +(\d+)\n", toy.text)[1]
+    squeezed, texts = re.sub(r"\s+", "", toy.text), toy.step.texts
+    assert all(re.sub(r"\s+", "", text) in squeezed for text in texts)
+    lengths = list(map(int, rows(toy.text, 3, r"\d +(\d+) +<")))
+    correct = [rewards.accuracy_reward(text, gold) for text in texts]
+    forms = [rewards.format_reward(text) for text in texts]
+    bonus = rewards.bonus_rewards(correct, lengths, 20)
+    for row, *parts in zip(reward_table(toy), correct, forms, bonus):
+        assert row == pytest.approx([*parts, sum(parts)])
 
 
-def test_default_problem_is_half_solved_with_a_bonus_and_a_clipped_token(toy):
+def test_the_default_shows_what_the_minimum_does(toy):
+    """Half solved, with a bonus; one ratio above the range, clipped for A > 0, free for A < 0."""
     accuracy, _, bonus, _ = zip(*reward_table(toy))
-    assert sum(accuracy) == 4
-    assert sum(bonus) == pytest.approx(0.2)
-    assert any(token["clipped"] for token in printed_tokens(toy))
+    assert sum(accuracy) == 4 and sum(bonus) == pytest.approx(0.2)
+    free, _, clipped = printed_tokens(toy)
+    assert free["ratio"] == clipped["ratio"] > 1.2 and free["A"] < 0 < clipped["A"]
+    said = [re.sub(r"\s+", " ", text) for text in part(toy.text, 8).split("Response ")[1:]]
+    assert "the minimum is the first, although" in said[0] and "within the range" in said[1]
+    assert "the minimum is the second, a constant" in said[2]
 
 
-def test_reasons_say_what_is_missing_and_why_no_bonus_is_paid(toy):
-    def reasons(text, length):
-        config = toy_config(min_length=20)
+def test_reasons_say_what_is_missing_and_what_the_checker_reads():
+    def reasons(text):
         scores = {"accuracy": torch.tensor([1.0]), "format": torch.tensor([0.0])}
-        problem = {"answer": "13"}
-        step = SimpleNamespace(config=config, scores=scores, texts=[text], lengths=[length])
-        step.problem = problem
-        found = (walkthrough.accuracy_reason, walkthrough.format_reason, walkthrough.bonus_reason)
-        return [reason(step, 0) for reason in found]
+        step = {"config": toy_config(), "scores": [scores], "texts": [text], "lengths": [18]}
+        return walkthrough.reasons(SimpleNamespace(problem={"answer": "13"}, **step), 0)
 
-    assert reasons("<observe>a</observe><think>b<answer>12</answer>", 18) == [
-        "answer 12, gold 13",
-        "no </think>",
-        "shortest correct, but 18 tokens are not more than 20",
-    ]
-    assert reasons("12", 21) == [
-        "no answer",
-        "no <observe>, no </observe>, no <think>, no </think>, no <answer>, no </answer>",
-        "shortest correct, and 21 tokens are more than 20",
-    ]
-    assert "2 x <answer>" in reasons("<answer>1</answer><answer>", 3)[1]
+    shortest = "; shortest correct, of 18 tokens"
+    expected = f"answer '12', gold '13'; 0 x </think>{shortest}"
+    assert reasons("<observe>a</observe><think>b<answer>12</answer>") == expected
+    found = "no answer found, gold '13'; 0 x <observe>, 0 x </observe>, 2 x <think>"
+    assert reasons("<think><think>").startswith(found)
 
 
 def test_weight_and_advantages(toy):
@@ -132,157 +104,102 @@ def test_weight_and_advantages(toy):
     assert float(re.search(r"w = .* = ([\d.]+)\n", toy.text)[1]) == pytest.approx(weight, abs=1e-4)
     mean, std = statistics.mean(reward), statistics.stdev(reward)
     printed = [float(value) for value in rows(toy.text, 5, r"\d  r = .* A = (\S+)")]
-    expected = [weight * (r - mean) / (std + 1e-6) for r in reward]
-    assert printed == pytest.approx(expected, abs=6e-5)
+    assert printed == pytest.approx([weight * (r - mean) / std for r in reward], abs=6e-5)
+    for right, *printed in rows(toy.text, 5, r"(\d) of 8 +(\S+) +(\S+) +(\S+)"):
+        p = int(right) / 8
+        scaled, weight = math.sqrt((1 - p) / p * 7 / 8), 4 * 1.8 * p * (1 - p)
+        expected = [scaled, weight, weight * scaled]
+        assert list(map(float, printed)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_mask_picture(toy):
-    lines = rows(toy.text, 6, r"(?:prompt  |resp\. \d) (.*)")[-9:]
-    cells = [re.findall(r"so far|all|\.", line) for line in lines]
-    for query in range(9):
-        expected = ["."] * 9
-        expected[0] = "all"
-        expected[query] = "so far"
-        assert cells[query] == expected
+def test_the_packed_row_is_counted(toy):
+    (sizes,) = rows(toy.text, 6, r"input_ids .*: (.*) tokens")
+    sizes = torch.tensor([int(size) for size in sizes.split(" + ")])
+    assert sizes[1:].tolist() == toy.step.lengths
+    owner = torch.arange(9).repeat_interleave(sizes)
+    sees = ((owner == 0) | (owner == owner[:, None])).tril()
+    assert f"compares: {sees.sum()}, of {sees.numel()} in" in toy.text
 
 
-def test_reference_log_probabilities_equal_those_of_a_plain_forward_pass(toy, model, processor):
-    """No packing, no cache: the whole prompt and one response, in 64 bits."""
-    step = toy.step
-    prompt = observe_r1.encode_prompts([step.problem], processor, step.config)
-    P = prompt["input_ids"].shape[1]
+def test_log_probabilities_ratio_clipping_and_kl(toy, model):
+    rollouts, config = toy.step.rollouts[0], toy.step.config
+    expected = observe_r1.response_log_probs(model, rollouts, config)[1]  # of the untrained model
     for token in printed_tokens(toy):
-        i, t = int(token["response"]) - 1, int(token["place"]) - 1
-        response = step.rollouts.response_ids[1, i, : t + 1][None]
-        inputs = {name: prompt[name] for name in ("pixel_values", "image_grid_thw")}
-        inputs["input_ids"] = torch.cat([prompt["input_ids"], response], 1)
-        kinds = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(response)], 1)
-        with torch.no_grad():
-            logits = model(**inputs, mm_token_type_ids=kinds).logits[0, P + t - 1].double()
-        logits[observe_r1.vision_tokens(model)] = -math.inf
-        expected = logits.log_softmax(-1)[response[0, t]].item()
-        assert token["reference"] == pytest.approx(expected, abs=5e-5)
-        assert token["old"] == pytest.approx(expected, abs=5e-5)
-
-
-def test_ratio_clipping_and_kl(toy):
-    for token in printed_tokens(toy):
-        ratio = math.exp(token["new"] - token["old"])
+        old = expected[int(token["response"]) - 1, int(token["token"]) - 1].item()
+        ratio = math.exp(token["new"] - old)
         clip = min(max(ratio, 0.8), 1.2)
         objective = min(ratio * token["A"], clip * token["A"])
-        q = token["reference"] - token["new"]
-        assert token["ratio"] == pytest.approx(ratio, abs=3e-5)
-        assert token["clip"] == pytest.approx(clip, abs=3e-5)
-        assert token["objective"] == pytest.approx(objective, abs=1e-4)
-        assert token["kl"] == pytest.approx(math.exp(q) - q - 1, abs=3e-5)
-        assert token["clipped"] == (objective < ratio * token["A"] - 1e-4)
+        kl = 1 / ratio - math.log(1 / ratio) - 1
+        printed = [token[name] for name in "old reference ratio clip objective kl".split()]
+        assert printed == pytest.approx([old, old, ratio, clip, objective, kl], abs=1e-4)
+
+
+def test_push_is_the_gradient_of_grpo_loss(toy):
+    arguments = dict(toy.step.last("grpo_loss").arguments)
+    arguments["log_probs"] = arguments["log_probs"].detach().requires_grad_()
+    observe_r1.grpo_loss(**arguments)[0].backward()
+    mask = arguments["mask"]
+    weighed = arguments["log_probs"].grad * -8 * mask.sum(-1, keepdim=True)  # a token's own part
+    pushes = [token["push"] for token in itertools.chain(*toy.step.group)]
+    assert pushes == pytest.approx(weighed[mask].tolist(), rel=1e-4, abs=1e-5)
 
 
 def test_loss_is_the_mean_of_costs_and_the_norm_is_the_logged_one(toy):
-    table = rows(toy.text, 9, r"\d +(\d+) +(\S+) +(\S+) +(\S+) +(\S+)$")
     costs = []
-    for length, advantage, objective, kl, cost in table:
+    for objective, kl, cost in rows(toy.text, 9, r"\d +\d+ +\S+ +(\S+) +(\S+) +(\S+)$"):
         assert float(cost) == pytest.approx(0.01 * float(kl) - float(objective), abs=2e-5)
         costs.append(float(cost))
-    for name in ("hand", "grpo_loss"):
-        printed = float(re.search(rf"L by {name} +(\S+)", toy.text)[1])
-        assert printed == pytest.approx(sum(costs) / 8, abs=1e-5)
+    losses = [float(loss) for loss in re.findall(r"L by \w+ +(\S+)", toy.text)]
+    assert losses == pytest.approx([sum(costs) / 8] * 2, abs=1e-5)
     norm = float(re.search(r"gradient norm +([\d.]+)", toy.text)[1])
-    other = toy.step.trace.calls["scale_and_step"][0].result
-    logged = toy.step.run.steps[-1]["grad_norm"]  # the mean of both optimiser steps
+    other = toy.step.trace.calls["optimizer_step"][0].result
+    logged = toy.step.last("update").result["grad_norm"]  # the mean of both optimiser steps
     assert (norm + other) / 2 == pytest.approx(logged, abs=1e-4)
 
 
-def test_text_fits_the_screen_and_defines_each_term_once(toy):
+def test_text_fits_the_screen_and_looking_on_changes_nothing(toy):
     assert max(map(len, toy.text.splitlines())) <= 100
-    titles = re.findall(r"^\d+(?=  [A-Z])", toy.text, re.MULTILINE)
-    assert titles == [str(number) for number in range(1, 11)]
-    terms = (
-        "policy",
-        "gold",
-        "rollout",
-        "reward",
-        "advantage",
-        "reference",
-        "ratio",
-        "Clipping",
-        "KL",
-    )
-    assert [toy.text.count(f"*{term}*") for term in terms] == [1] * len(terms)
-
-
-def test_looking_on_changes_nothing(toy):
-    step = walkthrough.take_step(toy_config(**OPTIONS), None, by_line=False)
-    assert walkthrough.text_of(step) == toy.text
-    assert sys.gettrace() is toy.step.trace.before
-
-
-def code_of(page, name):
-    section = re.search(rf'<section id="{re.escape(name)}">.*?</section>', page, re.DOTALL)[0]
-    lines = re.findall(r"<code class=\"\w+\">(.*?)</code>", section, re.DOTALL)
-    values = re.findall(r'<div class="values">(.*?)</div></div>\n', section, re.DOTALL)
-    return html.unescape(re.sub("<[^>]+>", "", "".join(lines))), "".join(values)
+    before = sys.gettrace()
+    assert walk(by_line=False).text == toy.text and sys.gettrace() is before
 
 
 def test_page_holds_the_source_and_what_it_computed(toy):
-    shown = toy.step.trace.shown
-    for name in ("train", "rollout", "sample", "update", "pack_group", "grpo_loss", "mix_ladder"):
-        assert name in shown
-    for name in shown:
-        function = rewards if hasattr(rewards, name) else observe_r1
-        for word in name.split("."):
-            function = getattr(function, word)
-        assert code_of(toy.page, name)[0] == inspect.getsource(inspect.unwrap(function))
-
-    _, loss = toy.step.loss_call()
-    assert f"{loss:.4g}" in code_of(toy.page, "grpo_loss")[1]
-    mean = statistics.mean(row[3] for row in reward_table(toy))
-    centred = [f"{row[3] - mean:.4g}" for row in reward_table(toy)]
-    weights = code_of(toy.page, "dynamic_weight")[1]
-    assert "<b>share_solved</b> 0.5" in weights and "<b>returns</b> 1.8" in weights
-    assert centred[0] in walkthrough.describe(toy.step.scores["reward"] - mean)
-    assert "data:image/png;base64," in code_of(toy.page, "chat_messages")[1]
-    for name in walkthrough.CAPTIONS:
-        assert (TOY / "figures" / f"{name}.svg").read_text() in toy.page
-    assert not re.search(
-        r'(src|href)="(?!data:|#)', re.sub("<svg.*?</svg>", "", toy.page, flags=16)
-    )
+    values = {}
+    for function in map(inspect.unwrap, itertools.chain(*(part[2] for part in walkthrough.PARTS))):
+        name = function.__qualname__
+        section = re.search(rf'(?s)<section id="{name}">.*?</section>', toy.page)[0]
+        code = "".join(re.findall(r"(?s)<code>(.*?)</code>", section))
+        assert html.unescape(re.sub("<[^>]+>", "", code)) == inspect.getsource(function)
+        values[name] = "".join(re.findall(r'(?s)<div class="values">(.*?)</div></div>\n', section))
+    assert f"{toy.step.last('grpo_loss').result[0].item():.4g}" in values["grpo_loss"]
+    assert "<b>returns</b> 1.8" in values["dynamic_weight"]
+    assert "<b>lengths</b> <i>[2,8]</i> " in values["rollout"]  # also after lengths[chunk] = ...
+    assert "data:image/webp;base64," in values["chat_messages"]
+    assert not re.search('src="(?!data:)', toy.page) and toy.page.count("<svg") == 6
 
 
-def test_script_that_was_edited_meanwhile_is_refused():
-    """Otherwise values would stand beside other lines than those that computed them."""
-    train = next(f for f in walkthrough.functions_of(observe_r1) if f.name == "train")
-    walkthrough.check_unchanged(observe_r1, train)
-    train.lines = {number + 1: text for number, text in train.lines.items()}
-    with pytest.raises(ValueError, match="has changed since the start"):
-        walkthrough.check_unchanged(observe_r1, train)
-
-
-def test_hostile_text_is_shown_and_never_run(tmp_path):
-    row = {"id": "a<b>", "question": "<script>alert(1)</script>\x1b[31m?", "answer": "<u>7</u>"}
-    seen = walk(data=write_jsonl(tmp_path / "mine.jsonl", [row]), problem="a<b>")
-    assert "<script>" not in seen.page and "<u>" not in seen.page
-    assert html.escape(row["question"]) in seen.page
+def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path):
+    row = toy_rows("ladder", [0])[0]
+    row |= {"images": [], "question": "<script>alert(1)</script>\x1b[31m?", "answer": "<u>7</u>"}
+    seen = walk(0, data=write_parquet(tmp_path / "mine.parquet", [row]), max_new_tokens=2)
+    assert "<script>" not in seen.page and "&lt;script&gt;alert(1)" in seen.page
     assert "\x1b" not in seen.text and r"\x1b[31m" in seen.text
-    if not seen.step.advantages.any():
-        assert walkthrough.NOT_TAUGHT.split(":")[0] in part(seen.text, 9)
-    assert len(re.findall(r"^\d+  [A-Z]", seen.text, re.MULTILINE)) == 10
+    assert "row 0 of mine.parquet" in seen.text and "gold '<u>7</u>'" in seen.text
+    assert seen.text.count("2 cut") >= 8
+    assert all(walkthrough.NOT_TAUGHT[:40] in part(seen.text, number) for number in (6, 7, 8, 9))
 
 
-def run_main(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["walkthrough.py", *words])
-    with pytest.raises(SystemExit) as end:
-        walkthrough.main()
-    return str(end.value.code)
-
-
-def test_unknown_problem_ends_in_one_line(monkeypatch):
-    message = run_main(monkeypatch, "--problem", "nowhere")
-    assert "\n" not in message
-    assert "--problem nowhere" in message and "train-" in message
-
-
-def test_missing_pygments_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--problem", "960"], "--problem 960: .* has the rows 0 to 959"),
+        (["--data", "nowhere.parquet"], "No such file .*nowhere.parquet"),
+        (["--html", "page.html"], "pip install pygments"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, said, monkeypatch):
     monkeypatch.setitem(sys.modules, "pygments", None)
-    message = run_main(monkeypatch, "--html", str(tmp_path / "page.html"))
-    assert "pip install pygments" in message
+    monkeypatch.setattr(sys, "argv", ["walkthrough.py", *words])
+    with pytest.raises(SystemExit, match=said) as end:
+        walkthrough.main()
+    assert "\n" not in str(end.value.code)

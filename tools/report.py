@@ -1,57 +1,43 @@
-"""The page of a run: what training reached, its curves, and real responses with their rewards.
+"""The page of a folder that observe_r1.py wrote: curves, real responses, their rewards.
 
-    python tools/report.py runs/toy             # writes runs/toy/report.html, which needs nothing else
-    python tools/report.py runs/toy --follow    # while it trains: again after every logged step
+    python tools/report.py runs/toy       # a training run; writes runs/toy/report.html
+    python tools/report.py runs/ladder    # a ladder: its stages, and what was never solved
+    python tools/report.py runs/eval      # an evaluation: accuracy, pass@k, responses
 
-Reads config.json, metrics.jsonl, rollouts.jsonl and summary.json of the run's folder.
-Needs matplotlib for the curves (pip install matplotlib), and nothing else beside Python.
+While a run goes on, the page shows what it has written so far. Pictures are read from the Parquet
+file that the run's config.json names. The page itself needs nothing else.
+Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
+import base64
 import html
 import io
 import json
 import math
-import os
 import re
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT_REWARD = 0.5  # what a well-formed response earns: a mean of 0.496 says that 99 % are
-MOST_POINTS = 300  # points of a curve that show their value under the pointer
-SMOOTHED = 24  # from so many points on, a curve also shows its moving mean
-CARDS_BETWEEN = 6  # groups shown between the first and the last step
+import numpy as np
+import pyarrow.dataset
+from PIL import Image
+
+SHOWN = 8  # responses or problems of a kind, at most, that the page shows
 
 # Colours of the drawings in the light scheme. `DARK` gives each its counterpart: style sheets of
 # the page, and of each figure, replace them where the reader's system is dark.
-INK, FAINT, CARD = "#1f2328", "#b6bec8", "#fdfdfe"
-BLUE, VIOLET, GOLD, GREEN, RED, GREY = (
-    "#1f6feb",
-    "#8250df",
-    "#d29a00",
-    "#1a7f37",
-    "#cf222e",
-    "#6e7781",
-)
-DARK = {
-    INK: "#e6edf3",
-    FAINT: "#4a535e",
-    CARD: "#12171e",
-    BLUE: "#58a6ff",
-    VIOLET: "#b692ff",
-    GOLD: "#e3b341",
-    GREEN: "#3fb950",
-    RED: "#ff7b72",
-    GREY: "#9aa4af",
-}
+INK, FAINT, CARD, GREY = "#1f2328", "#b6bec8", "#fdfdfe", "#6e7781"
+BLUE, VIOLET, GOLD, GREEN, RED = "#1f6feb", "#8250df", "#d29a00", "#1a7f37", "#cf222e"
+DARK = {INK: "#e6edf3", FAINT: "#4a535e", CARD: "#12171e", GREY: "#9aa4af", BLUE: "#58a6ff"}
+DARK |= {VIOLET: "#b692ff", GOLD: "#e3b341", GREEN: "#3fb950", RED: "#ff7b72"}
+COLOURS = (BLUE, VIOLET, GOLD, GREEN, RED)
 
 
 # ------------------------------------------------------------------------------- drawing with SVG
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained"):
+def new_figure(width, height, layout="constrained"):
     """An empty matplotlib figure of this size in inches."""
     try:
         from matplotlib.figure import Figure
@@ -60,375 +46,160 @@ def new_figure(width: float, height: float, layout: str | None = "constrained"):
     return Figure(figsize=(width, height), layout=layout)
 
 
-def dark_style() -> str:
+def dark_style():
     """Style rules that exchange the light scheme's colours inside a drawing for the dark one's."""
-    rules = []
+    rules = ""
     for light, dark in DARK.items():
         for part in ("fill", "stroke"):
-            rules.append(f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}')
-    return "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}\n"
+            rules += f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}\n'
+    return f"@media (prefers-color-scheme: dark) {{\n{rules}}}\n"
 
 
-def svg_text(figure, name: str) -> str:
+def svg_text(figure, name):
     """The figure as an SVG element with its text as text; the same bytes for the same figure.
 
     `name` keeps the ids of several drawings on one page apart.
     """
     import matplotlib
 
-    options = {"svg.fonttype": "none", "svg.hashsalt": name}
     buffer = io.StringIO()
-    with matplotlib.rc_context(options):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="hover[^"]*"', ' class="hover"', svg)
-    svg = re.sub(
-        r' id="(?:figure|axes|patch|text|line2d|[a-zA-Z]+tick|matplotlib\.)[^"]*"', "", svg
-    )
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg)
+    svg = re.sub(r' id="(?:figure|axes|patch|text|line2d|\w+Collection|\w+tick)[^"]*"', "", svg)
     svg = re.sub(r"'DejaVu Sans Mono'[^;\"]*", "ui-monospace, Menlo, Consolas, monospace", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    svg = re.sub(r"<[^>]+>", shorten_numbers, svg)
+    # A hundredth of a point is finer than any screen. Text between tags is not touched.
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), svg)
     return re.sub(r"[ \t]+\n", "\n", svg)
 
 
-def shorten_numbers(tag: re.Match) -> str:
-    """A hundredth of a point is finer than any screen. What stands between tags is not touched."""
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0])
-
-
-def style_axes(axes) -> None:
+def style_axes(axes):
     """Thin axes, a faint grid, small type."""
     axes.grid(color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        text.set_color(INK)
-        text.set_fontsize(9)
+        text.set(color=INK, fontsize=9)
+
+
+def draw_curves(title, curves, x_label="step", stacked=False):
+    """Curves {label: (x, y)} as a figure of the page; numbers that are missing leave a gap."""
+    figure = new_figure(3.3, 1.9)
+    axes = figure.subplots()
+    if stacked:
+        x = next(iter(curves.values()))[0]
+        axes.stackplot(x, [y for _, y in curves.values()], colors=COLOURS, alpha=0.75)
+    else:
+        for (x, y), colour in zip(curves.values(), COLOURS):
+            marker = "o" if len(x) < 12 else None
+            axes.plot(x, y, color=colour, linewidth=1.5, marker=marker, markersize=4)
+    style_axes(axes)
+    axes.set_xlabel(x_label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    return svg_text(figure, title)
+
+
+def draw_ladder(axes, difficulty, stage):
+    """Stages by level: as wide as a stage is long, as high as the level's share of it."""
+    from matplotlib import colormaps
+
+    levels = np.rint(8 * np.asarray(difficulty)).astype(int)
+    counts = np.zeros((9, 9), dtype=int)  # [stage,level]
+    np.add.at(counts, (np.asarray(stage, dtype=int), levels), 1)
+    left = 0
+    for s, row in enumerate(counts):
+        size, bottom = row.sum(), 0
+        for level, share in enumerate(row / max(1, size)):
+            # From easy to hard, in colours that are read on light and on dark ground.
+            colour = colormaps["viridis"](0.97 - 0.82 * level / 8)
+            bar = axes.bar(left, share, size, bottom, align="edge", color=colour)
+            bar[0].set(edgecolor=CARD, linewidth=0.6, label=f"{s} {level}")
+            bottom += share
+        if size:
+            text = f"{s + 1}\n{size}"
+            axes.text(left + size / 2, 1.02, text, ha="center", fontsize=8, color=INK)
+        left += size
+    handles = [axes.patches[level] for level in reversed(range(9))]
+    labels = [f"{level / 8:g}" for level in reversed(range(9))]
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 8}
+    legend = axes.legend(handles, labels, title="difficulty", labelcolor=INK, **place)
+    legend.get_title().set(color=INK, fontsize=8)
+    style_axes(axes)
+    axes.grid(visible=False)
+    axes.set(xlim=(0, left), ylim=(0, 1), ylabel="share of the stage")
 
 
 # -------------------------------------------------------------------------------- a run's files
 
 
-class Log:
-    """The rows of a growing JSON-lines file. `read_new` reads only what has been appended."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.forget()
-
-    def forget(self) -> None:
-        self.rows = []
-        self.offset = 0  # bytes that have been read as whole lines
-        self.last_line = b""
-        self.half_written = False
-
-    def read_new(self) -> bool:
-        """Add the new whole lines to `rows`; say whether anything changed.
-
-        A last line without its end is still being written and waits for the next call. A file that
-        was cut or replaced (a run that was resumed or started anew) is read again from the start.
-        """
-        if not self.file.exists():
-            changed = bool(self.rows)
-            self.forget()
-            return changed
-
-        with open(self.file, "rb") as stream:
-            stream.seek(self.offset - len(self.last_line))
-            replaced = stream.read(len(self.last_line)) != self.last_line
-            if replaced:
-                self.forget()
-                stream.seek(0)
-            added = stream.read()
-
-        end = added.rfind(b"\n") + 1
-        self.half_written = end < len(added)
-        self.offset += end
-        lines = added[:end].splitlines(keepends=True)
-        for line in lines:
-            self.last_line = line
-            if line.strip():
-                self.rows.append(self.parse(line))
-        return replaced or bool(lines)
-
-    def parse(self, line: bytes) -> dict:
-        try:
-            row = json.loads(line)
-            usable = isinstance(row["step"], int)
-        except (ValueError, TypeError, KeyError):
-            usable = False
-        if not usable:
-            place = f"{self.file}, line {len(self.rows) + 1}"
-            start = line[:60].decode(errors="replace").strip()
-            raise ValueError(f"{place}: no JSON object with a step, but {start}")
-        return row
+def read_rows(file):
+    """The whole lines of a .jsonl file; the last one may still be being written."""
+    text = file.read_bytes() if file.exists() else b""
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
 
-class Run:
-    """The files of a run's folder, as far as they are there."""
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.metrics = Log(self.folder / "metrics.jsonl")
-        self.rollouts = Log(self.folder / "rollouts.jsonl")
-        self.config = None
-        self.summary = None
-
-    def read(self) -> bool:
-        """Read what is new; say whether anything changed. ValueError if this is no run's folder."""
-        if not self.metrics.file.exists():
-            what = "is missing: give the folder that `train` wrote, its --output_dir"
-            raise ValueError(f"{self.metrics.file} {what}")
-        before = (self.config, self.summary)
-        self.config = read_object(self.folder / "config.json")
-        self.summary = read_object(self.folder / "summary.json")
-        new_metrics = self.metrics.read_new()
-        new_rollouts = self.rollouts.read_new()
-        return new_metrics or new_rollouts or before != (self.config, self.summary)
-
-    @property
-    def steps(self) -> list[dict]:
-        """The metrics of the training steps; a line of step 0 is the evaluation before them."""
-        return [row for row in self.metrics.rows if row["step"] > 0]
-
-    @property
-    def last_step(self) -> int:
-        return self.metrics.rows[-1]["step"] if self.metrics.rows else 0
-
-    @property
-    def total_steps(self) -> int | None:
-        """How many steps the run has, where its files say so."""
-        if self.summary and self.summary.get("steps"):
-            return self.summary["steps"]
-        if self.metrics.rows and is_number(self.metrics.rows[-1].get("total_steps")):
-            return self.metrics.rows[-1]["total_steps"]
-        wanted = (self.config or {}).get("max_steps") or 0
-        return wanted if wanted > 0 else None
-
-    def step_name(self, step: int) -> str:
-        return f"step {step} of {self.total_steps}" if self.total_steps else f"step {step}"
-
-    def notes(self) -> list[str]:
-        """What is missing or was left out, for the reader to know."""
-        notes = []
-        for name in ("config.json", "rollouts.jsonl"):
-            if not (self.folder / name).exists():
-                notes.append(f"{name} is missing: its part of the page is empty.")
-        for name in ("config.json", "summary.json"):
-            if (self.folder / name).exists() and read_object(self.folder / name) is None:
-                notes.append(f"{name} is no whole JSON object and was left out.")
-        for log in (self.metrics, self.rollouts):
-            if log.half_written:
-                notes.append(f"The last line of {log.file.name} is half written: left out.")
-        return notes
-
-    def held_out_accuracy(self) -> list[tuple[int, float]]:
-        """(step, accuracy) of every evaluation, the one before training at step 0."""
-        points = dict(series(self.metrics.rows, "eval_accuracy"))
-        summary = self.summary or {}
-        if summary.get("accuracy_before") is not None:
-            points.setdefault(0, summary["accuracy_before"])
-        if summary.get("accuracy_after") is not None:
-            points.setdefault(self.last_step, summary["accuracy_after"])
-        return sorted(points.items())
+def read_object(file):
+    """A JSON file's object; empty if the run has not written it yet."""
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-def read_object(file: Path) -> dict | None:
-    """A JSON file's object; None if it is missing or not written to its end yet."""
+def data_uri(picture):
+    """A picture, reduced if it is large, so that it can stand in the page itself."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((640, 640))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def add_pictures(rows, file):
+    """Give rows the pictures of their problems, which the run has read from this Parquet file."""
+    columns = ["question", "images"]
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        table = pyarrow.dataset.dataset(file).take([row["row"] for row in rows], columns=columns)
+        problems = table.to_pylist()
+    except (OSError, IndexError):
+        problems = [{}] * len(rows)
+    for row, problem in zip(rows, problems):
+        if problem.get("question") == row["question"]:
+            stored = [io.BytesIO(picture["bytes"]) for picture in problem["images"]]
+            row["pictures"] = [data_uri(Image.open(picture)) for picture in stored]
+        else:  # moved, or changed since
+            row["missing"] = f"{file} has this problem's pictures no longer"
+    return rows
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def evenly(rows, count=SHOWN):
+    """At most so many rows, from the first to the last."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows)))
+    return [rows[i] for i in places.round().astype(int)]
 
 
-def is_broken(value) -> bool:
-    """Whether a number was logged that nobody can draw: NaN or infinite."""
-    return is_number(value) and not math.isfinite(value)
+def pass_at_k(samples, right, k):
+    """Chance that one of k responses is right, if `right` of `samples` are: unbiased."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def series(rows: list[dict], field: str, scale: float = 1.0) -> list[tuple[int, float]]:
-    """(step, value / scale) of the rows that have a finite number in this field."""
-    points = []
-    for row in rows:
-        value = row.get(field)
-        if is_number(value) and math.isfinite(value):
-            points.append((row["step"], value / scale))
-    return points
+def pass_curve(rows):
+    """(k, mean of pass@k over the problems) for each k up to the number of samples."""
+    counts = [(len(row["accuracy"]), round(sum(row["accuracy"]))) for row in rows]
+    ks = range(1, min(samples for samples, _ in counts) + 1)
+    return list(ks), np.array([np.mean([pass_at_k(*count, k) for count in counts]) for k in ks])
 
 
-# ------------------------------------------------------------------------------------- curves
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One small drawing: `lines` are (label, field of metrics.jsonl, divided by)."""
-
-    title: str
-    caption: str
-    lines: tuple[tuple[str, str, float], ...]
-    stacked: bool = False
-
-
-def single(field: str, title: str, caption: str) -> Chart:
-    return Chart(title, caption, ((title, field, 1.0),))
-
-
-PARTS = (("accuracy", "accuracy", 1.0), ("format", "format", 1.0), ("bonus", "bonus", 1.0))
-SHARES = (
-    ("answered correctly", "accuracy", 1.0),
-    ("difficulty of the problems", "difficulty", 1.0),
-)
-SHAPES = (("well-formed", "format", FORMAT_REWARD), ("cut off", "truncated_fraction", 1.0))
-EVALUATION = single(
-    "eval_accuracy",
-    "held-out accuracy",
-    "share of correct responses to problems that are never trained on",
-)
-CHARTS = (
-    Chart("where the reward comes from", "mean of a response, its parts stacked", PARTS, True),
-    Chart(
-        "the ladder",
-        "problems get harder from step to step, so the share of right responses may fall while the "
-        "policy improves; difficulty is the share of wrong responses when the ladder was built",
-        SHARES,
-    ),
-    Chart(
-        "shape of the responses",
-        "share with all blocks in order (the format reward over 0.5), and share cut at the limit",
-        SHAPES,
-    ),
-    single("response_length", "response length", "mean tokens of a response"),
-    single("bonus", "bonus", "mean of a response; one response of a group can get it"),
-    single("weight", "weight of a group", "mean; highest where half the responses are right"),
-    single(
-        "zero_weight_fraction", "groups that teach nothing", "share of groups: all advantages 0"
-    ),
-    single("kl", "KL", "distance from the starting model, nats a token"),
-    single("clip_fraction", "clipped", "share of tokens at which the ratio's clip stops the push"),
-    single("grad_norm", "gradient norm", "before clipping"),
-    single("learning_rate", "learning rate", "of the step's last update"),
-    single("seconds", "seconds a step", "sampling, update and evaluation"),
-)
-COLOURS = (BLUE, VIOLET, GOLD)
-
-
-def all_charts(steps: list[dict]) -> list[Chart]:
-    """The known charts, then one for each further number that the run has logged."""
-    known = {"step", "optimizer_step", "total_steps", "reward", "eval_accuracy"}
-    for chart in CHARTS:
-        known |= {field for _, field, _ in chart.lines}
-    others = []
-    for row in steps:
-        others += [name for name, value in row.items() if is_number(value) and name not in known]
-    further = [single(name, name, "as logged") for name in dict.fromkeys(others)]
-    return [*CHARTS, *further]
-
-
-def moving_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over a twelfth of the run around each point, so that noisy curves show their course."""
-    reach = len(points) // 24
-    means = []
-    for i, (step, _) in enumerate(points):
-        near = points[max(0, i - reach) : i + reach + 1]
-        means.append((step, sum(value for _, value in near) / len(near)))
-    return means
-
-
-def draw_chart(chart: Chart, lines: list[list[tuple[int, float]]], markers: bool = False) -> str:
-    """The chart as an SVG; a point says its step and value where the pointer rests."""
-    figure = new_figure(3.3, 1.9)
-    axes = figure.subplots()
-    axes.margins(y=0.1)
-    hover = []
-    floor = [0.0] * len(lines[0])
-
-    for points, colour in zip(lines, COLOURS):
-        steps = [step for step, _ in points]
-        values = [value for _, value in points]
-        heights = values
-        if chart.stacked:
-            heights = [low + value for low, value in zip(floor, values)]
-            axes.fill_between(steps, floor, heights, color=colour, alpha=0.75, linewidth=0)
-            floor = heights
-        elif len(points) < SMOOTHED:
-            axes.plot(steps, values, color=colour, linewidth=1.5, marker="o" if markers else None)
-        else:
-            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.55)
-            axes.plot(*zip(*moving_mean(points)), color=colour, linewidth=1.8)
-
-        stride = math.ceil(len(points) / MOST_POINTS)
-        places = list(zip(steps, heights))[::stride]
-        axes.plot(*zip(*places), "o", color=colour, markersize=9, alpha=0, gid=f"hover{len(hover)}")
-        hover += [f"step {step}: {value:.4g}" for step, value in points[::stride]]
-
-    style_axes(axes)
-    axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if chart.stacked or min(value for points in lines for _, value in points) >= 0:
-        axes.set_ylim(bottom=0)
-
-    svg = svg_text(figure, chart.title)
-    titles = iter(hover)
-
-    def name_points(group: re.Match) -> str:
-        return re.sub(
-            r"(<use [^>]*?)/>",
-            lambda use: f"{use[1]}><title>{next(titles)}</title></use>",
-            group[0],
-        )
-
-    return re.sub(r'<g class="hover">.*?</g>\s*</g>', name_points, svg, flags=re.DOTALL)
-
-
-def chart_html(chart: Chart, rows: list[dict], points=None) -> str:
-    """One figure of the page, or nothing if no row has its fields."""
-    fields = [field for _, field, _ in chart.lines]
-    if chart.stacked:  # only steps that have all the parts can be stacked
-        rows = [row for row in rows if all(is_number(row.get(field)) for field in fields)]
-        usable = [row for row in rows if all(math.isfinite(row[field]) for field in fields)]
-    else:
-        usable = rows
-
-    lines = []
-    labels = []
-    for label, field, scale in chart.lines:
-        line = points or series(usable, field, scale)
-        if line:
-            lines.append(line)
-            colour = NAMES[COLOURS[len(labels)]]
-            labels.append(f'<span class="key" style="--colour:{colour}">{escape(label)}</span>')
-    broken = [row for row in rows if any(is_broken(row.get(field)) for field in fields)]
-    caption = chart.caption
-    if broken:
-        caption += f"; {len(broken)} of {len(rows)} steps are NaN or infinite and not drawn"
-    if not lines:
-        return f"<figure><h3>{escape(chart.title)}</h3>{escape(caption)}</figure>" if broken else ""
-
-    ends = f"{lines[0][0][1]:.3g} → {lines[0][-1][1]:.3g}" if len(lines) == 1 else ""
-    key = " ".join(labels) if len(lines) > 1 else ""
-    svg = draw_chart(chart, lines, markers=points is not None)
-    return (
-        f"<figure><h3>{escape(chart.title)} <small>{ends}</small></h3>{key}{svg}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def mean_accuracy(rows):
+    return np.mean([np.mean(row["accuracy"]) for row in rows])
 
 
 # ------------------------------------------------------------------------------------ the page
 
-NAMES = {BLUE: "var(--blue)", VIOLET: "var(--violet)", GOLD: "var(--gold)"}
 STYLE = f"""
 :root {{ color-scheme: light dark; --ink: {INK}; --paper: #ffffff; --card: #f6f8fa; --line: #d0d7de;
   --quiet: #59636e; --blue: {BLUE}; --violet: {VIOLET}; --gold: {GOLD}; --green: {GREEN};
@@ -443,393 +214,339 @@ STYLE += """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1080px; margin: 0 auto; padding: 1em; overflow-wrap: anywhere }
 h1 { font-size: 1.05em; color: var(--quiet); font-weight: 500; margin: 0 }
-h2 { font-size: 1.3em; margin: 1.8em 0 .5em }
-h3 { font-size: 1em; margin: 0 }
+h2 { font-size: 1.3em; margin: 1.8em 0 .5em } h3 { font-size: 1em; margin: 0 }
 small, figcaption { font-size: 12.5px; color: var(--quiet); font-weight: 400 }
-.result { display: flex; flex-wrap: wrap; gap: .6em 2.5em; align-items: flex-end; margin: .4em 0 }
-.result div { line-height: 1.3 }
-.result b { display: block; font-size: 1.3em; font-weight: 600; white-space: nowrap }
-.result .main b { font-size: clamp(2.3em, 9vw, 3.6em); line-height: 1.1 }
-.result .main b span { color: var(--green) }
-progress { width: 100%; height: 10px; accent-color: var(--blue) }
+.tiles { display: flex; flex-wrap: wrap; gap: .6em 2.5em; align-items: flex-end; margin: .4em 0 }
+.tiles div { line-height: 1.3 }
+.tiles b { display: block; font-size: 1.3em; font-weight: 600; white-space: nowrap }
+.tiles :first-child b { font-size: clamp(2.3em, 9vw, 3.6em); line-height: 1.1 }
 details { margin: .6em 0 } summary { cursor: pointer }
-.options { columns: 17em; font-size: 13px; margin: .5em 0 }
-.options div { break-inside: avoid } .options b { font-weight: 600 }
+.options { columns: 17em; font-size: 13px }
 .note { border-left: 3px solid var(--gold); padding-left: .7em }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.4em }
 figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
-.hover use { pointer-events: all }
 .key { font-size: 12.5px; margin-right: .9em }
 .key::before { content: ""; display: inline-block; width: .8em; height: .8em; margin-right: .35em;
   border-radius: 2px; background: var(--colour) }
 .card { border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   padding: .8em 1em; margin: .8em 0 }
 .card img { image-rendering: pixelated; min-height: 64px; max-width: 100%; max-height: 220px;
-  border-radius: 4px; margin: .4em .4em 0 0; vertical-align: middle }
+  border-radius: 4px; margin: .4em .4em 0 0 }
 .card p { margin: .3em 0 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.6em }
-.response { display: grid; grid-template-columns: 110px 285px 1fr; gap: .1em 1.1em;
+.response { display: grid; grid-template-columns: 18em 1fr; gap: .1em 1.1em;
   border-top: 1px solid var(--line); padding: .55em 0; align-items: start }
-.head { padding: .2em 0; border: 0 }
-.shortest { background: color-mix(in srgb, var(--gold) 9%, transparent) }
-.pair .response { grid-template-columns: 1.2em 1fr; gap: .4em }
+.pair .response { grid-template-columns: 1fr }
 .text { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; max-height: 15em; overflow: auto;
   white-space: pre-wrap }
 .observe { color: var(--observe) } .think { color: var(--think) } .answer { color: var(--green) }
-.axis { display: block; position: relative; height: 9px; margin-top: 3px;
-  background: linear-gradient(var(--grey), var(--grey)) center / 1px 100% no-repeat }
-.axis span { position: absolute; top: 1px; bottom: 1px; border-radius: 2px }
-.stack { display: flex; height: 12px; margin: 5px 0 3px; border-radius: 2px; overflow: hidden;
+.stack { display: flex; height: 10px; margin: 5px 0 3px; border-radius: 2px; overflow: hidden;
   background: color-mix(in srgb, var(--grey) 22%, transparent) }
 .up { color: var(--green) } .down { color: var(--red) }
-.axis .up { background: var(--green) } .axis .down { background: var(--red) }
-.star { display: inline-block; border: 1px solid var(--gold); border-radius: 9px; padding: 0 .5em;
-  font-size: 12.5px; color: var(--ink); background: color-mix(in srgb, var(--gold) 28%, transparent) }
-@media (max-width: 700px) {
-  .response { grid-template-columns: 105px 1fr } .response .text { grid-column: 1 / -1 }
-  .head :last-child { display: none }
-  .pair { grid-template-columns: 1fr }
-  .pair .response .text { grid-column: auto }
-}
+@media (max-width: 700px) { .response, .pair { grid-template-columns: 1fr } }
 """
 
 
-def escape(value) -> str:
+def page(title, body, style=""):
+    """A whole page, which loads nothing from elsewhere."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{dark_style()}{style}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def escape(value):
     """Text for the page: whatever a model or a file wrote is shown, never run."""
     return html.escape(str(value))
 
 
-def number(value, pattern: str) -> str:
-    return format(value, pattern) if is_number(value) else "–"
-
-
-def value_of(response: dict, name: str) -> float:
-    """A number of a response, 0 where it has none."""
-    value = response.get(name)
-    return value if is_number(value) else 0.0
-
-
-def coloured(text: str) -> str:
+def coloured(text):
     """A response, escaped, with its blocks set apart; what has no closing tag stays plain."""
-    text = escape(text)
-    for name in ("observe", "think", "answer"):
-        block = rf"(&lt;{name}&gt;.*?&lt;/{name}&gt;)"
-        text = re.sub(block, rf'<span class="{name}">\1</span>', text, flags=re.DOTALL)
-    return text
+    block = r"(?s)&lt;(observe|think|answer)&gt;.*?&lt;/\1&gt;"
+    return re.sub(block, r'<span class="\1">\g<0></span>', escape(text))
 
 
-def advantage_html(advantage, largest: float) -> str:
-    """The number, and a bar that starts in the middle: up to the right, down to the left."""
-    if not is_number(advantage):
-        return "–"
-    way = "up" if advantage > 0 else "down"
-    width = 50 * min(abs(advantage) / largest, 1)
-    left = 50 if advantage > 0 else 50 - width
-    colour = way if advantage else ""
-    return (
-        f'<b class="{colour}">{advantage:+.2f}</b><span class="axis">'
-        f'<span class="{way}" style="left:{left:.1f}%;width:{width:.1f}%"></span></span>'
-    )
+def note(text):
+    return f'<p class="note">{escape(text)}</p>'
 
 
-def reward_html(response: dict, highest: float) -> str:
-    """A stacked bar of the reward's parts, the same as a sum, and the star of the bonus."""
-    colours = {"accuracy": "--blue", "format": "--violet", "bonus": "--gold", "other": "--grey"}
-    parts = {name: value_of(response, name) for name in ("accuracy", "format", "bonus")}
-    reward = response.get("reward", sum(parts.values()))
-    rest = value_of({"rest": reward}, "rest") - sum(parts.values())
-    if abs(rest) > 1e-4:  # a reward that somebody has added
-        parts["other"] = rest
+def folded(title, parts):
+    """Parts of the page that open at a click; nothing if there are none."""
+    return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if parts else ""
 
-    bar = ""
-    terms = []
-    for name, value in parts.items():
-        width = 100 * max(value, 0) / highest
+
+def tiles(values):
+    """The most important numbers, {label: text}, the first in large type."""
+    shown = "".join(f"<div><b>{b}</b><small>{escape(a)}</small></div>" for a, b in values.items())
+    return f'<div class="tiles">{shown}</div>'
+
+
+def change(before, after, pattern=".2f"):
+    return f"{before:{pattern}} → {after:{pattern}}"
+
+
+def figure_html(title, svg, caption="", labels=()):
+    keys = ""
+    for label, colour in zip(labels, COLOURS):
+        keys += f'<span class="key" style="--colour:{colour}">{escape(label)}</span>'
+    title, caption = f"<h3>{escape(title)}</h3>", f"<figcaption>{escape(caption)}</figcaption>"
+    return f"<figure>{title}{keys}{svg}{caption}</figure>"
+
+
+def curves_html(title, caption, curves, **options):
+    """A figure of curves; of a single one the heading says where it begins and ends."""
+    broken = sum(int(np.isnan(y).sum()) for _, y in curves.values())
+    if broken:
+        caption += f"; {broken} values are NaN or infinite and not drawn"
+    if len(curves) == 1:
+        ((_, y),) = curves.values()
+        title += f" {y[0]:.3g} → {y[-1]:.3g}"
+    labels = curves if len(curves) > 1 else ()
+    return figure_html(title, draw_curves(title, curves, **options), caption, labels)
+
+
+def problem_html(row):
+    pictures = "".join(f'<img src="{uri}" alt="picture">' for uri in row.get("pictures", ()))
+    missing = note(row["missing"]) if "missing" in row else ""
+    gold = f"<b>Answer: {escape(row['answer'])}</b>"
+    return f"{pictures}{missing}<p>{escape(row['question'])} {gold}</p>"
+
+
+def reward_html(parts, reward):
+    """A stacked bar of the reward's parts, which is full at 1.7, and the same as a sum."""
+    others = reward - sum(parts.values())
+    if abs(others) > 1e-4:  # rewards that somebody has added
+        parts = parts | {"others": others}
+    bar, terms = "", []
+    for (name, value), colour in zip(parts.items(), COLOURS):
         if value:
-            bar += f'<span style="width:{width:.1f}%;background:var({colours[name]})"></span>'
+            width = 100 * max(0, value) / max(1.7, reward)
+            bar += f'<span style="width:{width:.1f}%;background:{colour}"></span>'
             terms.append(f"{name} {value:.3g}")
-    star = '<span class="star">★ bonus: shortest correct</span>' if parts["bonus"] > 0 else ""
-    total = f"<b>{number(reward, '.3g')}</b>"
-    terms = " + ".join(terms) or "nothing earned"
-    return f'<span class="stack">{bar}</span><small>{total} = {terms}</small> {star}'
+    total = f"{reward:.3g} = {' + '.join(terms) or 'nothing earned'}"
+    return f'<span class="stack">{bar}</span><small>{total}</small>'
 
 
-def problem_html(row: dict) -> str:
-    pictures = ""
-    for picture in row.get("pictures") or []:
-        if str(picture).startswith("data:image/"):  # nothing is ever loaded from elsewhere
-            pictures += f'<img src="{escape(picture)}" alt="picture of the problem">'
-    question = escape(row.get("question", ""))
-    return f"{pictures}<p>{question} <b>Answer: {escape(row.get('answer', ''))}</b></p>"
+def group_html(row, title):
+    """A problem and its responses with rewards and, where they were trained on, advantages."""
+    body, count = "", len(row["responses"])
+    places = range(count)
+    if "advantage" in row:
+        places = sorted(places, key=lambda i: -row["advantage"][i])
+    for i in places:
+        parts = {name: row[name][i] for name in ("accuracy", "format", "bonus")}
+        facts = f"{row['response_length'][i]} tokens"
+        if "advantage" in row:
+            advantage = row["advantage"][i]
+            way = "up" if advantage > 0 else "down" if advantage < 0 else ""
+            facts = f'advantage <b class="{way}">{advantage:+.2f}</b>, {facts}'
+        facts += reward_html(parts, row["reward"][i])
+        text = f'<div class="text">{coloured(row["responses"][i])}</div>'
+        body += f'<div class="response"><div>{facts}</div>{text}</div>'
+    facts = f"{sum(row['accuracy']):g} of {count} right"
+    if row.get("difficulty") is not None:
+        facts += f", difficulty {row['difficulty']:.3g}"
+    if "advantage" in row:
+        facts += f", weight {row['weight']:.3g}"
+    heading = f"<h3>{escape(title)} <small>{facts}</small></h3>"
+    return f'<section class="card">{heading}{problem_html(row)}{body}</section>'
 
 
-def group_html(run: Run, row: dict) -> str:
-    """One group: picture, question, and its responses with rewards and advantages."""
-    responses = row.get("responses") or []
-    solved = sum(value_of(response, "accuracy") > 0 for response in responses)
-    facts = [f"{solved} of {len(responses)} right"]
-    if is_number(row.get("difficulty")):
-        facts.append(f"difficulty {row['difficulty']:.3g}")
-    if is_number(row.get("weight")):
-        facts.append(f"weight {row['weight']:.3g}")
-    if not was_trained(row):
-        facts.append("all advantages 0: this group teaches nothing")
-
-    largest = max([abs(value_of(response, "advantage")) for response in responses] + [1.0])
-    highest = max([value_of(response, "reward") for response in responses] + [1.7])
-    body = "<small>advantage</small><small>reward</small><small>response</small>"
-    body = f'<div class="response head">{body}</div>'
-    by_advantage = sorted(responses, key=lambda r: value_of(r, "advantage"), reverse=True)
-    for response in by_advantage:
-        length = number(response.get("length"), "g")
-        shortest = " shortest" if value_of(response, "bonus") > 0 else ""
-        body += (
-            f'<div class="response{shortest}">'
-            f"<div>{advantage_html(response.get('advantage'), largest)}"
-            f"<small>{length} tokens</small></div><div>{reward_html(response, highest)}</div>"
-            f'<div class="text">{coloured(response.get("text", ""))}</div></div>'
-        )
-    step = run.step_name(row["step"])
-    step = step[0].upper() + step[1:]
-    title = f"<h3>{step} <small>{escape(' · '.join(facts))}</small></h3>"
-    return f'<section class="card">{title}{problem_html(row)}{body}</section>'
-
-
-def pair_html(run: Run, before: dict, after: dict) -> str:
-    """A held-out problem's responses early and late, side by side."""
+def pair_html(before, after):
+    """A held-out problem's responses before and after, side by side."""
     columns = ""
-    for row in (before, after):
-        responses = row.get("responses") or []
-        solved = sum(value_of(response, "accuracy") > 0 for response in responses)
-        when = "before training" if row["step"] == 0 else f"after {run.step_name(row['step'])}"
-        columns += f"<div><p><b>{when}</b> <small>{solved} of {len(responses)} right</small></p>"
-        for response in responses:
-            right = value_of(response, "accuracy") > 0
-            mark = '<b class="up">✓</b>' if right else '<b class="down">✗</b>'
-            text = coloured(response.get("text", ""))
-            columns += f'<div class="response">{mark}<div class="text">{text}</div></div>'
+    for when, row in (("before training", before), ("after it", after)):
+        right = f"{sum(row['accuracy']):g} of {len(row['responses'])} right"
+        columns += f"<div><p><b>{when}</b> <small>{right}</small></p>"
+        for text, correct in zip(row["responses"], row["accuracy"]):
+            mark = '<b class="up">✓</b>' if correct else '<b class="down">✗</b>'
+            columns += f'<div class="response text"><div>{mark} {coloured(text)}</div></div>'
         columns += "</div>"
     return (
         f'<section class="card">{problem_html(before)}<div class="pair">{columns}</div></section>'
     )
 
 
-def was_trained(row: dict) -> bool:
-    """Whether the group moved the model: some advantage is not 0."""
-    advantages = [value_of(response, "advantage") for response in row.get("responses") or []]
-    return not row.get("held_out") and any(advantages)
+def options_html(config):
+    rows = "".join(f"<div>{escape(a)} <b>{escape(b)}</b></div>" for a, b in config.items())
+    return folded("Configuration", [f'<div class="options">{rows}</div>'])
 
 
-def held_out_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
-    """The first and the last rollout of each held-out problem that was sampled more than once."""
-    by_problem = {}
-    for row in rows:
-        if row.get("held_out"):
-            by_problem.setdefault(str(row.get("id")), []).append(row)
-    pairs = []
-    for versions in by_problem.values():
-        first = min(versions, key=lambda row: row["step"])
-        last = max(versions, key=lambda row: row["step"])
-        if first["step"] < last["step"]:
-            pairs.append((first, last))
-    return pairs
+# --------------------------------------------------------------------------------- kinds of runs
+
+CAPTIONS = {
+    "response_length": "mean tokens of a response",
+    "truncated_fraction": "share of responses that were cut at the limit",
+    "weight": "mean of a group; highest where half the responses are right",
+    "zero_weight_fraction": "share of groups of weight 0: they teach nothing about being right",
+    "kl": "distance from the starting model, nats a token",
+    "clip_fraction": "share of tokens at which the clip stops the push",
+    "grad_norm": "before it is scaled down",
+    "learning_rate": "of the step's last update",
+    "seconds": "of sampling, update and evaluation",
+}
+# Drawn together, or telling nothing: the loss is near 0 and mean advantages are 0 by construction.
+NOT_ALONE = {"step", "optimizer_step", "reward", "accuracy", "format", "bonus", "difficulty"}
+NOT_ALONE |= {"eval_accuracy", "loss", "advantage", "skipped_updates"}
 
 
-def first_and_last(rows: list[dict]) -> list[dict]:
-    """A trained group of the first and of the last step that show one, of one problem if possible."""
-    trained = [row for row in rows if was_trained(row)]
-    if not trained:
-        return []
-    steps = [row["step"] for row in trained]
-    first = [row for row in trained if row["step"] == min(steps)]
-    last = [row for row in trained if row["step"] == max(steps)]
-    if min(steps) == max(steps):
-        return first[:1]
-    for row in first:
-        for later in last:
-            if row.get("id") is not None and row.get("id") == later.get("id"):
-                return [row, later]
-    return [first[0], last[0]]
+def column(rows, name):
+    """(steps, values) of a number in metrics.jsonl, where a NaN was written as null."""
+    rows = [row for row in rows if name in row]
+    return [row["step"] for row in rows], np.array([row[name] for row in rows], dtype=float)
 
 
-def change(before, after, pattern: str) -> str:
-    """`0.42 → 0.88`, or the one number that there is."""
-    ends = [number(value, pattern) for value in (before, after) if is_number(value)]
-    return " → ".join(ends) or "–"
+def held_out_rows(folder):
+    """{step: rows} of each whole evaluation on the held-out problems."""
+    files = {int(file.stem.split("-")[-1]): file for file in folder.glob("held_out-*.jsonl")}
+    rows = {step: read_rows(files[step]) for step in sorted(files)}
+    whole = max(map(len, rows.values()), default=0)
+    return {step: own for step, own in rows.items() if whole and len(own) == whole}
 
 
-def result_html(run: Run) -> str:
-    """The result in large type; while a run goes on, how far it has come."""
-    points = run.held_out_accuracy()
-    summary = run.summary or {}
-    steps = run.steps
-    first, last = (steps[0], steps[-1]) if steps else ({}, {})
+def training_page(folder, config):
+    """Training: held-out accuracy first, then responses, then a curve of each logged number."""
+    steps, summary = read_rows(folder / "metrics.jsonl"), read_object(folder / "summary.json")
+    if not steps:
+        return note("No step has been logged yet.")
+    held_out = held_out_rows(folder)
+    first, last = steps[0], steps[-1]
+    ends = (first["accuracy"], last["accuracy"])
+    label = "of the responses are right, first and last step (other problems)"
+    if held_out:
+        (early, before), *_, (late, after) = [*held_out.items()] * 2
+        ends = (mean_accuracy(before), mean_accuracy(after))
+        label = f"of held-out responses are right, step {early} and {late}"
+    if "interval_after" in summary:
+        label += "; 95 % interval of the last {:.2f} to {:.2f}".format(*summary["interval_after"])
+    facts = {label: change(*ends)}
+    facts["format (at most 0.5), first and last step"] = change(first["format"], last["format"])
+    tokens = (first["response_length"], last["response_length"])
+    facts["tokens a response, first and last step"] = change(*tokens, ".0f")
+    facts["seconds of training"] = f"{np.nansum(column(steps, 'seconds')[1]):.0f}"
+    facts["steps" if summary else "steps so far: running, or stopped early"] = last["step"]
+    body = tiles(facts)
+    if last["skipped_updates"]:
+        body += note(f"{last['skipped_updates']} updates were skipped: NaN or infinite gradients.")
+    if len(held_out) > 1:
+        pairs = evenly([*zip(before, after)])
+        add_pictures([before for before, _ in pairs], config["eval_data"])
+        cards = [pair_html(*pair) for pair in pairs]
+        body += "<h2>Held-out problems, before and after</h2>" + cards[0]
+        body += folded("More of them, evenly over the file", cards[1:])
 
-    if points:
-        start = f"{points[0][1]:.2f} → " if len(points) > 1 else ""
-        main = f"{start}<span>{points[-1][1]:.2f}</span>"
-        where = "before training" if points[0][0] == 0 else f"at step {points[0][0]}"
-        label = f"of held-out responses are right, {where}"
-        label += f" and after step {points[-1][0]}" if len(points) > 1 else ""
-    else:
-        main = change(first.get("accuracy"), last.get("accuracy"), ".2f")
-        label = "of training responses are right, first and last step (other problems)"
-    tiles = f'<div class="main"><b>{main}</b><small>{label}</small></div>'
-
-    def tile(field: str, name: str, pattern: str, scale: float = 1.0) -> str:
-        ends = [summary.get(f"{field}_before"), summary.get(f"{field}_after")]
-        where = "held-out"
-        if not any(is_number(end) for end in ends):
-            ends = [first.get(field), last.get(field)]
-            where = "first and last step"
-        ends = [end / scale if is_number(end) else None for end in ends]
-        text = change(*ends, pattern)
-        return f"<div><b>{text}</b><small>{name} ({where})</small></div>"
-
-    tiles += tile("format", "well-formed responses", ".0%", FORMAT_REWARD)
-    tiles += tile("response_length", "tokens a response", ".0f")
-    seconds = summary.get("seconds", sum(value for _, value in series(steps, "seconds")))
-    tiles += f"<div><b>{seconds:.0f} s</b><small>training time</small></div>"
-
-    state = "" if run.summary else ": running, or stopped early"
-    position = run.step_name(run.last_step)
-    difficulty = last.get("difficulty")
-    if is_number(difficulty):
-        position += f" · difficulty of its problems {difficulty:.2f}"
-    done = ""
-    if run.total_steps:
-        done = f'<progress value="{run.last_step}" max="{run.total_steps}"></progress>'
-    return (
-        f"<h1>Observe-R1 · {escape(run.folder.resolve().name)}{state}</h1>"
-        f'<div class="result">{tiles}</div>{done}<small>Position on the ladder: {position}</small>'
-    )
+    groups = read_rows(folder / "rollouts.jsonl")
+    taught = add_pictures(evenly([row for row in groups if any(row["advantage"])]), config["data"])
+    cards = [group_html(row, f"Step {row['step']}") for row in taught]
+    ends = cards[:1] + cards[1:][-1:]
+    body += "<h2>What was trained on: first and last step</h2>"
+    body += "".join(ends) or note("No group that the log shows was trained on.")
+    body += folded("In between", cards[1:-1])
+    return f'{body}<h2>Curves</h2><div class="charts">{all_curves(steps, held_out)}</div>'
 
 
-def options_html(config: dict | None) -> str:
-    if not config:
-        return ""
-    rows = ""
-    for name, value in config.items():
-        value = "not set" if value in ("", None) else value
-        rows += f"<div>{escape(name)} <b>{escape(value)}</b></div>"
-    return f'<details><summary>Configuration</summary><div class="options">{rows}</div></details>'
-
-
-def rollouts_html(run: Run) -> str:
-    """Held-out pairs, then the first and the last trained group, then some in between."""
-    rows = run.rollouts.rows
-    page = ""
-    pairs = [pair_html(run, *pair) for pair in held_out_pairs(rows)]
-    if pairs:
-        page += f"<h2>The same held-out problem, early and late</h2>{pairs[0]}"
-    if len(pairs) > 1:
-        more = "".join(pairs[1:])
-        page += (
-            f"<details><summary>More held-out problems: {len(pairs) - 1}</summary>{more}</details>"
-        )
-
-    groups = [row for row in rows if not row.get("held_out")]
-    if not groups:
-        return page
-    ends = first_and_last(groups)
-    keys = "".join(
-        f'<span class="key" style="--colour:var(--{colour})">{name}</span>'
-        for name, colour in (("accuracy", "blue"), ("format", "violet"), ("bonus", "gold"))
-    )
-    page += f"<h2>What was trained on: first and last step</h2><p>{keys}</p>"
-    if not ends:
-        page += '<p class="note">No group that the log shows was trained on.</p>'
-    elif ends[0]["step"] > groups[0]["step"]:
-        page += (
-            f'<p class="note">Before step {ends[0]["step"]} none of the logged groups taught.</p>'
-        )
-    if ends and ends[-1]["step"] < groups[-1]["step"]:
-        page += (
-            f'<p class="note">After step {ends[-1]["step"]} none of the logged groups taught.</p>'
-        )
-    page += "".join(group_html(run, row) for row in ends)
-
-    between = [row for row in groups if row not in ends]
-    stride = math.ceil(len(between) / CARDS_BETWEEN) or 1
-    cards = "".join(group_html(run, row) for row in between[::stride])
-    if cards:
-        count = len(between[::stride])
-        title = f"In between: {count} of {len(between)} logged groups"
-        page += f"<details><summary>{title}</summary>{cards}</details>"
-    return page
-
-
-def page_html(run: Run, refresh: int = 0) -> str:
-    """The whole page. With `refresh` a browser loads it again every so many seconds."""
+def all_curves(steps, held_out):
+    """Held-out accuracy and pass@k, the reward's parts, the ladder, then each other number."""
     curves = ""
-    points = run.held_out_accuracy()
-    if points:
-        curves += chart_html(EVALUATION, [], points)
-    for chart in all_charts(run.steps):
-        curves += chart_html(chart, run.steps)
-    if not curves:
-        curves = '<p class="note">No step has been logged yet.</p>'
-
-    key = "Rest the pointer on a curve to read its value."
-    if len(run.steps) >= SMOOTHED:
-        key += " Thin lines are single steps, thick ones a mean over a twelfth of the run."
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes())
-    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
-    title = f"Observe-R1: {run.folder.resolve().name}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">{again}'
-        f"<title>{escape(title)}</title><style>{STYLE}{dark_style()}</style></head><body>"
-        f"{result_html(run)}{notes}{options_html(run.config)}{rollouts_html(run)}"
-        f'<h2>Curves</h2><p><small>{key}</small></p><div class="charts">{curves}</div></body></html>\n'
-    )
-
-
-def write_page(run: Run, refresh: int = 0) -> Path:
-    """Write report.html into the run's folder, whole or not at all."""
-    target = run.folder / "report.html"
-    draft = run.folder / "report.html.part"
-    draft.write_text(page_html(run, refresh), encoding="utf-8")
-    os.replace(draft, target)
-    return target
+    if held_out:
+        accuracy = (list(held_out), np.array([mean_accuracy(rows) for rows in held_out.values()]))
+        caption = "share of right responses to problems that are never trained on"
+        curves += curves_html("held-out accuracy", caption, {"": accuracy})
+        ends = {
+            f"step {step}": pass_curve(held_out[step]) for step in (min(held_out), max(held_out))
+        }
+        curves += pass_html(ends)
+    parts = {name: column(steps, name) for name in ("accuracy", "format", "bonus")}
+    caption = "mean of a response, its parts stacked"
+    curves += curves_html("where the reward comes from", caption, parts, stacked=True)
+    if "difficulty" in steps[0]:
+        both = {name: column(steps, name) for name in ("accuracy", "difficulty")}
+        caption = "problems get harder, so that accuracy may fall while the policy improves"
+        curves += curves_html("the ladder", caption, both)
+    for name in dict.fromkeys(name for row in steps for name in row if name not in NOT_ALONE):
+        x, y = column(steps, name)
+        if not np.isnan(y).all():
+            curves += curves_html(name, CAPTIONS.get(name, "as logged"), {"": (x, y)})
+    return curves
 
 
-def follow(run: Run, every: int = 5) -> None:
-    """Write the page after every change, until the summary says that the run has ended."""
-    print(f"following {run.folder}; Ctrl-C ends it, the training goes on", flush=True)
-    try:
-        while not run.metrics.file.exists():
-            time.sleep(every)
-        while not run.summary:
-            if run.read() and not run.summary:
-                write_page(run, refresh=every)
-                print(f"{run.step_name(run.last_step)}: {run.folder / 'report.html'}", flush=True)
-            if not run.summary:
-                time.sleep(every)
-    except KeyboardInterrupt:
-        print()
+def pass_html(curves):
+    """pass@k for each k up to the number of samples; nothing where there is one sample alone."""
+    if max(len(ks) for ks, _ in curves.values()) == 1:
+        return ""
+    caption = "share of problems that at least one of k responses solves"
+    return curves_html("pass@k", caption, curves, x_label="k")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def evaluation_page(folder, config):
+    """An evaluation: accuracy with its interval, pass@k, responses evenly over the problems."""
+    rows, result = read_rows(folder / "responses.jsonl"), read_object(folder / "eval.json")
+    if not rows:
+        return note("No response has been logged yet.")
+    ks, passed = pass_curve(rows)
+    label = f"of the responses to {len(rows)} problems are right"
+    if result:
+        label += ", 95 % interval {:.3f} to {:.3f}".format(*result["interval"])
+    facts = {label: f"{mean_accuracy(rows):.3f}"}
+    facts[f"pass@{ks[-1]}"] = f"{passed[-1]:.3f}"
+    for name in ("format", "response_length"):
+        facts[name.replace("_", " ")] = f"{np.mean([np.mean(row[name]) for row in rows]):.3g}"
+    body = tiles(facts) + ("" if result else note("So far: it is running, or stopped early."))
+    body += f'<div class="charts">{pass_html({"": (ks, passed)})}</div><h2>Responses</h2>'
+    shown = add_pictures(evenly(rows), config["data"])
+    return body + "".join(group_html(row, f"Problem {row['row']}") for row in shown)
+
+
+def ladder_page(folder, config):
+    """A ladder: how many problems each sieve left, the stages, what was never solved."""
+    summary = read_object(folder / "summary.json")
+    if not summary:
+        scored = len(read_rows(folder / "scores.jsonl"))
+        return note(f"{scored} problems are scored so far.")
+    names = ("ladder", "raw", "checkable", "not_solved_without_reasoning", "never_solved")
+    body = tiles({name.replace("_", " "): str(summary[name]) for name in names})
+    columns = ["difficulty", "stage"]
+    table = pyarrow.dataset.dataset(folder / "ladder.parquet").to_table(columns=columns)
+    figure = new_figure(7.4, 3.0)
+    draw_ladder(figure.subplots(), *(table[name].to_numpy() for name in columns))
+    caption = "From left to right as training reads it; above, number and size of each stage."
+    body += figure_html("Nine stages", svg_text(figure, "ladder"), caption)
+    never = evenly(read_rows(folder / "never_solved.jsonl"), 5 * SHOWN)
+    body += f"<h2>Never solved</h2><p>{summary['never_solved']} problems: is the answer wrong?</p>"
+    for row in add_pictures(never, config["data"]):
+        said = f"<p>The commonest answer was <b>{escape(row['commonest'])}</b>.</p>"
+        body += f'<section class="card">{problem_html(row)}{said}</section>'
+    return body
+
+
+KINDS = {  # the file that tells a folder's kind
+    "metrics.jsonl": training_page,
+    "clean.jsonl": ladder_page,
+    "responses.jsonl": evaluation_page,
+}
+
+
+def main():
+    how = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("folder", type=Path, help="a run's --output_dir")
-    parser.add_argument("--follow", action="store_true", help="rewrite the page while it trains")
-    args = parser.parse_args()
-
-    run = Run(args.folder)
+    folder = parser.parse_args().folder
     try:
         new_figure(1, 1)  # says at once if matplotlib is missing
-        if args.follow:
-            follow(run)
-        run.read()
-        page = write_page(run)
+        kinds = [kind for file, kind in KINDS.items() if (folder / file).exists()]
+        if not kinds:
+            raise ValueError(
+                f"{folder} holds none of {', '.join(KINDS)}: give a run's --output_dir"
+            )
+        config = read_object(folder / "config.json")
+        body = kinds[0](folder, config) + options_html(config)
+        file = folder / "report.html"
+        file.write_text(page(f"Observe-R1: {folder.resolve().name}", body), encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"report: {error}")
-    for note in run.notes():
-        print(f"note: {note}")
-    print(page)
+    print(file)
 
 
 if __name__ == "__main__":
