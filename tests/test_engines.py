@@ -32,7 +32,7 @@ def assert_same(ours, theirs):
 # ------------------------------------------------------------------------------------------- graph
 
 
-@pytest.mark.parametrize("temperature, window", [(observe_r1.GREEDY, 16), (0.7, 256), (1.0, 1)])
+@pytest.mark.parametrize("temperature, window", [(observe_r1.GREEDY, 16), (1.0, 256)])
 def test_the_graph_sampler_writes_the_tokens_of_the_script(
     model, processor, problems, config, monkeypatch, temperature, window
 ):
@@ -120,6 +120,7 @@ def test_what_cannot_be_done_is_refused(model, processor, problems, config, monk
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # vllm's own
 def test_the_real_engine_samples_from_the_weights_of_the_moment(
     model, processor, problems, config, monkeypatch
 ):
@@ -145,9 +146,9 @@ def test_the_real_engine_samples_from_the_weights_of_the_moment(
 @pytest.mark.slow
 def test_the_real_engine_trains_the_toy(tmp_path):
     pytest.importorskip("vllm")
-    tool, words = ROOT / "tools" / "vllm_rollout.py", ("--max_steps=20", "--eval_steps=0")
-    run = run_python(tool, *words, cwd=tmp_path, timeout=900)
+    words = (vllm_rollout.__file__, "--max_steps=20", "--eval_steps=0")
+    run = run_python(*words, cwd=tmp_path, timeout=900)
     assert run.returncode == 0, run.stderr
-    summary = json.loads((tmp_path / "runs" / "toy" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "runs/toy/summary.json").read_text())
     # The script's own sampler: XXX.
     assert summary["accuracy_after"] > 0.75
