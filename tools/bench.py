@@ -1,58 +1,59 @@
-"""How fast and how small: ratios from interleaved repeats in one process, as a Markdown table.
+"""How fast and how small, as Markdown tables: ratios of interleaved repeats in one process.
 
-    python tools/bench.py                          # rollout, update, logits and growth: minutes
-    python tools/bench.py rollout                  # or one of them
-    python tools/bench.py memory                   # a step with LoRA at 3B shapes on a CPU, in GiB
-    python tools/bench.py memory --model 7b --lora_rank 16 --products none
-    python tools/bench.py estimate                 # the memory estimate against measured peaks
-    python tools/bench.py answers                  # our rules and math-verify (needs math-verify)
-    python tools/bench.py trl                      # a whole training step of TRL (needs trl)
-    python tools/bench.py --gpu                    # 3B shapes with random weights, on a GPU
-    python tools/bench.py --gpu --bandwidth 3.35e12 --flops 989e12    # limits of an H100
-    torchrun --nproc_per_node 1 tools/bench.py offload   # an optimiser step with --cpu_offload
+    python tools/bench.py                  # rollout and update of the toy: minutes
+    python tools/bench.py answers          # our rules and math-verify (needs it; TRL's if there)
+    python tools/bench.py count            # launches, FLOPs and bytes at 3B and 7B shapes
+    python tools/bench.py attention        # memory of a packed row's attention
+    python tools/bench.py memory           # the peak of a step against tools/memory.py (peft)
+    python tools/bench.py rollout update step --model 3b    # random weights, on a card
 
-A ratio is the median (lowest to highest) of neighbouring runs. `memory` and `estimate` need peft.
+A ratio is the median (lowest to highest) of neighbouring runs. What `count`, `attention` and
+`memory` count runs on fake tensors, which have shapes and no numbers: the script's own functions at
+full size, in bf16 as on a card, without arithmetic.
 """
 
 import argparse
-import copy
-import ctypes
 import json
 import math
-import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+import weakref
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-if {"memory", "measure"} & set(sys.argv):
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages: most of the time went into faults
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE.parent / "toy"
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import memory as estimates
+
 import observe_r1
 import rewards
 
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # inside, tensors have shapes and no numbers
 CONFIG = observe_r1.parse_arguments(["train", "--config", str(TOY / "config.json")])[1]
-DEVICE = observe_r1.pick_device(CONFIG)
-GIB = 2**30
+DEVICE = observe_r1.DEVICE
 
 
 def synchronise():
     """Wait for the accelerator, if there is one."""
-    if DEVICE.type != "cpu":
+    if observe_r1.ACCELERATOR:
         torch.accelerator.synchronize()
 
 
@@ -65,12 +66,11 @@ def seconds(work):
 
 
 def compare(ours, theirs, repeats=7):
-    """How many times as long theirs takes: (median, text). One warm-up each, then turn by turn."""
+    """How many times as long theirs takes, as text. One warm-up each, then turn by turn."""
     seconds(ours)
     seconds(theirs)
     ratios = [seconds(theirs) / seconds(ours) for _ in range(repeats)]
-    median = statistics.median(ratios)
-    return median, f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def row(*cells):
@@ -85,9 +85,14 @@ def header(*cells):
 # ------------------------------------------------------------------------------------------- speed
 
 
-def toy():
+def load(options):
+    """The toy, or a model of the shapes that --model names with the toy's tokens."""
     processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
-    return observe_r1.load_model(CONFIG), processor, observe_r1.load_problems(CONFIG.data)
+    if not options.model:
+        return observe_r1.load_model(CONFIG, torch.float32), processor
+    model = random_model(options.model, layers=options.layers)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model, processor
 
 
 def picture(tokens):
@@ -98,299 +103,178 @@ def picture(tokens):
     return {"images": [image], "question": "What is the sum of the digits?", "answer": "1"}, config
 
 
-def generate(model, prompt, config, shortest=None):
-    """What transformers' own `generate` samples for the same prompts."""
-    inputs = {name: values for name, values in prompt.items() if name != "num_images"}
-    inputs = {name: values.to(model.device) for name, values in inputs.items()}
-    with torch.no_grad(), observe_r1.autocast(model):
-        return model.generate(
-            **inputs,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=config.num_generations,
-            min_new_tokens=shortest,
-            max_new_tokens=config.max_new_tokens,
-        )
+def padded(prompts, device):
+    """Prompts as one batch, padded on the left, as `generate` wants them."""
+    P = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {}
+    for name in prompts[0]:
+        parts = [prompt[name] for prompt in prompts]
+        if parts[0].shape[0] == 1 and name != "image_grid_thw":  # [1,n]: tokens
+            parts = [F.pad(part, (P - part.shape[1], 0)) for part in parts]
+        batch[name] = torch.cat(parts).to(device)
+    return batch
 
 
-def sample(model, prompt, stop, config):
-    with observe_r1.autocast(model):
-        return observe_r1.sample(model, prompt, stop, config)
-
-
-def against_generate(model, prompt, stop, config, shortest=None, repeats=7):
-    """How many times as long `generate` takes for the same prompts, as text."""
+def against_generate(model, prompts, stop, config, repeats, shortest=None):
+    """How many times as long transformers' `generate` takes for the same prompts, as text."""
+    inputs, stop = padded(prompts, model.device), torch.tensor(stop, device=model.device)
+    how = {"do_sample": True, "top_k": 0, "num_return_sequences": config.num_generations}
+    how |= {"min_new_tokens": shortest, "max_new_tokens": config.max_new_tokens}
 
     def ours():
-        sample(model, prompt, stop, config)
+        with observe_r1.AUTOCAST:
+            observe_r1.sample(model, prompts, stop, config)
 
     def theirs():
-        generate(model, prompt, config, shortest)
+        with torch.no_grad(), observe_r1.AUTOCAST, library_attention(model):
+            model.generate(**inputs, **how)
 
-    return compare(ours, theirs, repeats)[1]
+    text = compare(ours, theirs, repeats)
+    rate = len(prompts) * config.num_generations * config.max_new_tokens / seconds(ours)
+    return text, f"{rate:,.0f} tokens/s at most"
+
+
+@contextmanager
+def library_attention(model):
+    """Without `packed_attention`, and with one call for each window of a picture."""
+    model.model.language_model.config._attn_implementation = "sdpa"
+    model.model.visual.config._attn_implementation = "sdpa"
+    yield
+    observe_r1.use_fast_attention(model)
 
 
 def rollout(options):
-    """16 prompts x 8 responses of 64 tokens, of the toy's and with a picture; and as they end."""
-    model, processor, problems = toy()
+    """Responses of one length to prompts with larger and larger pictures; then as they end."""
+    header("rollout, 8 responses to each prompt", "`generate` takes", "ours")
+    model, processor = load(options)
     model.eval()
-    of_toy = list(problems.select(range(400, 416)))
-    for tokens in (0, 256, 961):  # of the picture
-        rows, config, what = of_toy, CONFIG, "the toy's"
-        if tokens:
-            large, config = picture(tokens)
-            rows, what = [large] * 16, f"a picture of {tokens}"
-        prompt = observe_r1.encode_prompts(rows, processor, config)
-        config = replace(config, max_new_tokens=64)
-        P = prompt["input_ids"].shape[1]
-        ratio = against_generate(model, prompt, [-1], config, shortest=64)
-        row(
-            f"rollout, 16 prompts x 8, 64 tokens each, P = {P} ({what})", "`generate`", ratio, "≥ 2"
-        )
-    prompt = observe_r1.encode_prompts(of_toy, processor, CONFIG)
-    stop = model.generation_config.eos_token_id
-    ratio = against_generate(model, prompt, stop, CONFIG, repeats=15)
-    row("rollout, 16 prompts x 8, as long as they come (P = 75)", "`generate`", ratio, "≥ 2")
+    B, T = options.prompts, options.tokens
+    for tokens in options.pictures:
+        problem, config = picture(tokens)
+        prompts = observe_r1.encode_prompts([problem], processor, config) * B
+        config = replace(config, max_new_tokens=T)
+        result = against_generate(model, prompts, [-1], config, options.repeats, T)
+        P = prompts[0]["input_ids"].shape[1]
+        row(f"{B} prompts, {T} tokens each, P = {P}", *result)
+    if not options.model:
+        config = replace(CONFIG, output_dir=tempfile.mkdtemp())
+        problems = observe_r1.load_problems(CONFIG.data, processor, config)
+        problems = observe_r1.read_problems(problems, range(400, 400 + B))
+        prompts = observe_r1.encode_prompts(problems, processor, CONFIG)
+        stop = model.generation_config.eos_token_id
+        text, _ = against_generate(model, prompts, stop, CONFIG, 2 * options.repeats)
+        row(f"{B} of the toy's prompts, as long as they come, P = 75", text, "")
 
 
-def forced_rollouts(processor, device, P, T, B=1, G=8):
+def forced_rollouts(processor, P, T, B=1, G=8):
     """B prompts of about P tokens, most of them a picture, and G random responses of T tokens."""
     problem, config = picture(P - 70)
-    prompt = observe_r1.encode_prompts([problem] * B, processor, config)
-    ids = torch.randint(100, 300, (B, G, T), device=device)
-    return observe_r1.Rollouts(prompt, ids, torch.ones_like(ids), []), config
+    prompts = observe_r1.encode_prompts([problem], processor, config) * B
+    ids = torch.randint(100, 300, (B, G, T), device=DEVICE)
+    return observe_r1.Rollouts(prompts, ids, torch.ones_like(ids, dtype=torch.bool), [])
 
 
-def obvious_log_probs(model, rollouts, config):
-    """Every response carries its prompt and picture; all logits at once."""
-    prompt, ids = rollouts.prompt, rollouts.response_ids[0]
-    G, T = ids.shape
-    inputs = {name: prompt[name].repeat(G, 1) for name in ("input_ids", "mm_token_type_ids")}
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, T))
-    pictures = {name: prompt[name].repeat(G, 1) for name in ("pixel_values", "image_grid_thw")}
-    mask = torch.ones_like(inputs["input_ids"])
-    output = model(**inputs, **pictures, attention_mask=mask, use_cache=False)
-    logits = output.logits[:, -T - 1 : -1]
-    logits[..., observe_r1.vision_tokens(model)] = -torch.inf
-    return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+PACK_GROUP = observe_r1.pack_group
 
 
-def backward(log_probs_of, *what):
-    """A forward and a backward pass, to be timed."""
-    return lambda: log_probs_of(*what).sum().backward()
+def pack_densely(inputs, response_ids, mask):
+    """`pack_group` with a mask over all pairs of tokens instead of lengths."""
+    packed, predecessors = PACK_GROUP(inputs, response_ids, mask)
+    lengths = torch.tensor(packed["attention_mask"]["full_attention"], device=mask.device)
+    owner = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
+    sees = (owner[:, None] == owner) | (owner == 0)  # its own response, and the prompt
+    packed["attention_mask"] = {"full_attention": sees.tril()[None, None]}
+    return packed, predecessors
+
+
+@contextmanager
+def as_before(model):
+    """As the script did before `packed_attention` and `window_attention`."""
+    with library_attention(model), patch.object(observe_r1, "pack_group", pack_densely):
+        yield
+
+
+def passes(policy, rollouts, around=nullcontext):
+    """A forward and a backward pass of the first group, to be timed; returns log-probabilities."""
+    with around(policy.model):
+        log_probs = policy(rollouts, 0, slice(None))
+        log_probs.sum().backward()
+    return log_probs.detach()
 
 
 def update(options):
-    """Forward and backward pass of one group."""
-    model, processor, _ = toy()
-    model.train()
-    for P, T in ((80, 48), (1024, 256)):
-        rollouts, config = forced_rollouts(processor, model.device, P, T)
-        P = rollouts.prompt["input_ids"].shape[1]
-        slow = obvious_log_probs(model, rollouts, config).detach()
-        fast = observe_r1.response_log_probs(model, rollouts, config)[0].detach()
-        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
-        ratio, text = compare(
-            backward(observe_r1.response_log_probs, model, rollouts, config),
-            backward(obvious_log_probs, model, rollouts, config),
-        )
-        limit = 8 * (P + T) / (P + 8 * T)
-        row(
-            f"update of a group, P = {P}, T = {T}, G = 8",
-            "each response carries its prompt",
-            f"{text}, {ratio / limit:.2f} of the limit {limit:.2f}",
-            "≥ 0.7 of the limit",
-        )
+    """A group against the slow form, which must give the same log-probabilities in fp32."""
+    header("forward and backward pass of a group, G = 8", "dense mask, window by window takes")
+    model, processor = load(options)
+    policy = observe_r1.Policy(model.train())
+    for P, T in ((80, 48), (1024, 256), (136, 512)):
+        rollouts = forced_rollouts(processor, P, T)
+        ours = partial(passes, policy, rollouts)
+        slow = partial(ours, around=as_before)
+        if observe_r1.DTYPE == torch.float32:
+            torch.testing.assert_close(ours(), slow(), atol=1e-4, rtol=1e-4)
+        P = rollouts.prompts[0]["input_ids"].shape[1]
+        row(f"P = {P}, T = {T}", compare(ours, slow, options.repeats))
 
 
-def growth(options):
-    """Seconds of a forward and backward pass when one length doubles, against its tokens."""
-    model, processor, _ = toy()
-    model.train()
-    base = {"P": 256, "T": 64, "G": 4}
-    for name, length in base.items():
-        works, tokens = [], []
-        for lengths in (base, {**base, name: 2 * length}):
-            rollouts, config = forced_rollouts(processor, model.device, **lengths)
-            works.append(backward(observe_r1.response_log_probs, model, rollouts, config))
-            tokens.append(rollouts.prompt["input_ids"].shape[1] + rollouts.mask.sum().item())
-        _, text = compare(*works)
-        what = f"P, T, G = 256, 64, 4 with {name} doubled"
-        row(what, "itself", f"time x {text}", f"tokens x {tokens[1] / tokens[0]:.2f}")
-
-
-def answers() -> None:
-    """Our rules and math-verify on toy/answers.jsonl and tests/answer_faults.jsonl, a row each."""
+def answers(options):
+    """Our rules and others' on toy/answers.jsonl and tests/answer_faults.jsonl, a row each."""
     import math_verify
 
-    root = Path(rewards.__file__).parent
+    root = HERE.parent
     faults = [json.loads(line) for line in (root / "tests" / "answer_faults.jsonl").open()]
     toys = [json.loads(line) for line in (root / "toy" / "answers.jsonl").open()]
     toys = [pair for pair in toys if not pair.get("debatable")]
     for pair in toys:
         pair["answer"] = rewards.extract_answer(pair["response"])
 
-    def verify(answer, gold, around):
+    def verify(answer, gold):
         # Its own time limit is 5 s a step; 1 s here, or prose would hold up the table.
-        parse = math_verify.parse
-        gold = parse(around.format(gold), parsing_timeout=1)
-        answer = parse(around.format(answer), parsing_timeout=1)
-        return math_verify.verify(gold, answer, timeout_seconds=1)
+        parts = [math_verify.parse(f"${text}$", parsing_timeout=1) for text in (gold, answer)]
+        return math_verify.verify(*parts, timeout_seconds=1)
 
-    checkers = {
-        "rewards.py": rewards.answers_match,
-        "math-verify": lambda answer, gold: verify(answer, gold, "{}"),
-        "math-verify, wrapped in $": lambda answer, gold: verify(answer, gold, "${}$"),
-    }
-    row("pairs", "checker", "right", "false 1", "false 0", "median", "worst")
-    row(*["---"] * 7)
+    checkers = {"rewards.py": rewards.answers_match, "math-verify": verify}
+    with suppress(ImportError):
+        from trl.rewards import accuracy_reward
+
+        def of_trl(answer, gold):
+            return accuracy_reward([[{"content": f"${answer}$"}]], [f"${gold}$"])[0]
+
+        checkers["TRL's accuracy_reward"] = of_trl
+    header("pairs", "checker", "right", "wrongly accepted", "wrongly rejected", "median")
     for source, pairs in (("toy/answers.jsonl", toys), ("tests/answer_faults.jsonl", faults)):
         for name, check in checkers.items():
-            false_ones = 0
-            false_zeros = 0
-            times = []
+            verdicts, times = [], []
             for pair in pairs:
                 started = time.perf_counter()
                 said = pair["answer"] is not None and bool(check(pair["answer"], pair["gold"]))
                 times.append(time.perf_counter() - started)
-                false_ones += said and not pair["match"]
-                false_zeros += pair["match"] and not said
-            row(
-                source,
-                name,
-                f"{len(pairs) - false_ones - false_zeros} of {len(pairs)}",
-                false_ones,
-                false_zeros,
-                f"{1e6 * statistics.median(times):.0f} µs",
-                f"{1e3 * max(times):.1f} ms",
-            )
-
-
-def trl(options):
-    """One whole training step on the same 16 x 8 responses, TRL's and ours in turn."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    output = Path("runs/bench")
-    output.mkdir(parents=True, exist_ok=True)
-    config = replace(CONFIG, output_dir=str(output), eval_data="", eval_steps=0)
-    state = observe_r1.prepare(config, output, observe_r1.rollout)
-    rows = state.problems.select(range(400, 416))
-    problems, ratios = observe_r1.read_problems(state.problems, range(400, 416), config), []
-
-    def our_step():
-        model = state.policy.model
-        rollouts = observe_r1.rollout(model, state.processor, problems, config)
-        scores = observe_r1.score_rollouts(rollouts, problems, config)
-        advantages = observe_r1.group_advantages(scores["reward"], scores["weight"])
-        observe_r1.update(state, rollouts, advantages, config)
-
-    class Interleave(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            ratios.append((time.perf_counter() - self.started) / seconds(our_step))
-
-    def reward(completions, answer, **_):
-        texts = [completion[0]["content"] for completion in completions]
-        return [
-            rewards.accuracy_reward(text, gold) + rewards.format_reward(text)
-            for text, gold in zip(texts, answer)
-        ]
-
-    def conversation(problem):
-        system = {"role": "system", "content": observe_r1.PROMPTS["observe"]}
-        return {"prompt": [system, {"role": "user", "content": problem["question"]}]}
-
-    arguments = GRPOConfig(
-        output_dir=str(output),
-        per_device_train_batch_size=16 * 8,
-        num_generations=8,
-        max_completion_length=config.max_new_tokens,
-        learning_rate=config.learning_rate,
-        beta=config.kl_coef,
-        max_steps=20,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=100,
-    )
-    GRPOTrainer(
-        model=observe_r1.load_model(config),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=rows.map(conversation),
-        processing_class=state.processor,
-        callbacks=[Interleave()],
-    ).train()
-    ratios = sorted(ratios[1:])  # the first warms up
-    text = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    row("a whole training step, 16 prompts x 8", "TRL's `GRPOTrainer`", text, "≥ 3")
+                verdicts.append(said - pair["match"])  # 1: wrongly accepted, -1: wrongly rejected
+            wrong = verdicts.count(1), verdicts.count(-1)
+            right = f"{verdicts.count(0)} of {len(pairs)}"
+            row(source, name, right, *wrong, f"{1e6 * statistics.median(times):.0f} µs")
 
 
 # ------------------------------------------------------------------------------------------ shapes
 
-SHAPES = {  # of Qwen2.5-VL-Instruct; "small" is for trying out
-    "3b": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "small": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 32768,
-    },
-}
-VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-SMALL_VISION = {
-    "depth": 4,
-    "hidden_size": 512,
-    "intermediate_size": 1368,
-    "num_heads": 8,
-    "fullatt_block_indexes": [1, 3],
+TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+TOWER["fullatt_block_indexes"] = [7, 15, 23, 31]
+SHAPES = {  # of Qwen2.5-VL-Instruct: hidden, intermediate, layers, heads, key heads, vocabulary
+    "3b": (2048, 11008, 36, 16, 2, 151936),
+    "7b": (3584, 18944, 28, 28, 4, 152064),
 }
 
 
-def model_config(name, layers=None):
-    """Configuration of a Qwen2.5-VL of these shapes with the toy's special tokens."""
+def random_model(name, dtype=torch.float32, device=DEVICE, layers=None):
+    """A Qwen2.5-VL of these shapes with the toy's special tokens; "fake": without numbers."""
     config = transformers.AutoConfig.from_pretrained(CONFIG.model)
     text, vision = config.text_config, config.vision_config
-    for part, values in (
-        (text, SHAPES[name]),
-        (vision, SMALL_VISION if name == "small" else VISION),
-    ):
-        for key, value in values.items():
-            setattr(part, key, value)
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, *heads = SHAPES[name]
+    text.num_attention_heads, text.num_key_value_heads, text.vocab_size = heads
+    vision.update(TOWER | {"out_hidden_size": text.hidden_size})
     if layers:
         text.num_hidden_layers = layers
         vision.depth, vision.fullatt_block_indexes = layers, [layers - 1]
-    vision.out_hidden_size = text.hidden_size
-    text.max_position_embeddings = 32768
     text.rope_parameters = {
         "rope_type": "default",
         "rope_theta": 1e6,
@@ -398,405 +282,295 @@ def model_config(name, layers=None):
     }
     text.layer_types = ["full_attention"] * text.num_hidden_layers
     config.tie_word_embeddings = text.tie_word_embeddings = name != "7b"
-    return config
-
-
-def random_model(name, device=DEVICE, dtype=torch.float32, layers=None, zeros=False):
-    """A Qwen2.5-VL with random weights (or zeros), made in `dtype` without a copy in another."""
-    model_class = transformers.Qwen2_5_VLForConditionalGeneration
-    config = model_config(name, layers)
-    with torch.device(device), no_init_weights():
-        model = model_class._from_config(config, dtype=dtype)
+    with FAKE if device == "fake" else torch.device(device), no_init_weights():
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
     model.tie_weights()
-    if torch.device(device).type == "meta":
-        return model
-    torch.manual_seed(0)
-    for weight, parameter in model.named_parameters():
-        if zeros or weight.endswith("bias"):
-            parameter.data.zero_()
-        elif parameter.ndim == 1:  # a norm
-            parameter.data.fill_(1)
-        else:
-            parameter.data.normal_(0, 0.02)
-    return model
+    for weight, parameter in () if device == "fake" else model.named_parameters():
+        torch.nn.init.normal_(parameter, float(weight.endswith("norm.weight")), 0.02)
+    return observe_r1.use_fast_attention(model)
 
 
-# ------------------------------------------------------------------------------------------ memory
+def prepared(options, config, device=DEVICE):
+    """What `prepare` makes of the toy, or of a model of --model's shapes."""
+    folder = tempfile.mkdtemp()
+    config = replace(config, output_dir=folder, eval_data="", eval_steps=0)
+    if not options.model:
+        return observe_r1.prepare(config, observe_r1.rollout)
+
+    def load_model(config, dtype, where=None):
+        return random_model(options.model, dtype, device, options.layers)
+
+    def to(module, *where, **how):  # the library's cannot exchange fake weights
+        for part in module.modules():
+            for name, weight in part.named_parameters(recurse=False):
+                values = weight.data.to(*where, **how)
+                setattr(part, name, torch.nn.Parameter(values, weight.requires_grad))
+        return module
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(observe_r1, "load_model", load_model))
+        if device == "fake":
+            stack.enter_context(FAKE)
+            stack.enter_context(patch.object(torch.nn.Module, "to", to))
+        return observe_r1.prepare(config, observe_r1.rollout)
 
 
-def resident(name="VmRSS"):
-    """Resident bytes of this process: now, or with VmHWM at most (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+# ----------------------------------------------------------------------------------------- counting
+
+aten = torch.ops.aten
 
 
-def forget_peak():
-    """Let VmHWM start again from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
+class Counter(TorchDispatchMode):
+    """Counts what fake tensors go through: launches, FLOPs, bytes moved, and the peak of memory.
 
-
-HEAPS = {"coarse": (2**25, 2**28), "fine": (2**22, 2**26), "finest": (2**18, 2**22)}
-
-
-def return_freed_memory(heap):
-    """Let the allocator give back what is freed, so that resident memory is what is in use.
-
-    Pieces under the first number of HEAPS[heap] bytes come from a heap, which can have holes, and of
-    whose free end the second number of bytes is not given back: the smaller they are, the truer is
-    the figure, and the slower the run.
-    """
-    piece, kept = HEAPS[heap]
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, piece)
-    libc.mallopt(M_TRIM_THRESHOLD, kept)
-
-
-@contextmanager
-def phase(name, peaks):
-    """Note the peak and the remaining resident memory of a block in peaks[name], in GiB."""
-    forget_peak()
-    started = time.perf_counter()
-    yield
-    took = time.perf_counter() - started
-    peaks[name] = (resident("VmHWM") / GIB, resident() / GIB, took)
-    row(name, *(f"{value:.2f}" for value in peaks[name][:2]), f"{took:.0f}")
-
-
-def log_prob_peak():
-    """GB that log-probabilities of 8 x 2,048 tokens over 151,936 take at most, with gradients."""
-    hidden = torch.randn(8 * 2048, 8, requires_grad=True)
-    head, targets = torch.nn.Linear(8, 151936, bias=False), torch.randint(151936, (8 * 2048,))
-    head(hidden[:64]).sum().backward()
-    before = resident("VmHWM")
-    observe_r1.token_log_probs(hidden, targets, head, [], 1.0).sum().backward()
-    return (resident("VmHWM") - before) * 1e-9
-
-
-def logits(options):
-    """In a fresh process, because a process that grew may reuse what it freed."""
-    full = 8 * 2048 * 151936 * 4e-9
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        ours = pool.apply(log_prob_peak)
-    row(
-        "peak memory of log-probabilities, V = 151,936, T = 2,048, G = 8",
-        f"one copy of all logits in fp32, {full:.1f} GB",
-        f"{ours / full:.3f}",
-        "≤ 0.15",
-    )
-
-
-class Product(torch.autograd.Function):
-    """x @ weight.T + bias as a card computes it under autocast: bf16 in, bf16 kept, bf16 out.
-
-    A CPU without matrix units multiplies bf16 300 times slower in a backward pass than fp32, so the
-    factors of one product are fp32 for as long as it lasts. With `real` off nothing is multiplied:
-    results are zeros, but the same tensors are made, written, kept and freed.
+    A launch is an operation that makes or changes a tensor; it moves what it reads and writes.
+    Tensors with numbers (tokens, masks, positions) may take part, so that the script runs as ever;
+    only where it asks a fake tensor for a number, `number` is the answer.
     """
 
-    real = True
+    def __init__(self, number=0):
+        super().__init__()
+        self.number, self.numbers = number, np.zeros(3)  # launches, FLOPs, bytes moved
+        self.live, self.held, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), how=None):
+        first, how = next(iter(arguments), None), how or {}
+        if function is aten._local_scalar_dense.default and isinstance(first, FakeTensor):
+            return first.dtype == torch.bool or self.number
+        if function is aten.index.Tensor and isinstance(first, FakeTensor):
+            numbers = []  # a mask's say how large the result is
+            for index in arguments[1]:
+                is_mask = index is not None and index.dtype == torch.bool
+                numbers += index.nonzero(as_tuple=True) if is_mask else [index]
+            arguments = (first, numbers)
+        result = function(*arguments, **how)
+        returned = [value.alias_info for value in function._schema.returns]
+        if function.namespace == "prim" or any(a and not a.is_write for a in returned):
+            return result  # a view
+        self.numbers[0] += 1
+        if count := flop_registry.get(function.overloadpacket):
+            self.numbers[1] += count(*arguments, **how, out_val=result)
+        self.move(*tree_leaves(result))
+        if function not in (aten.embedding.default, aten.index.Tensor):  # they read a few rows
+            self.move(*tree_leaves((arguments, how)))
+        for tensor in tree_leaves(result):
+            self.hold(tensor)
+        return result
+
+    def move(self, *tensors):
+        self.numbers[2] += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+    def hold(self, tensor):
+        """Count a tensor's storage from now until it is freed."""
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self.free, storage._cdata)
+
+    def free(self, key):
+        self.held -= self.live.pop(key)
+
+    def attention(self, query, key, value, attn_mask=None, *_, is_causal=False, **how):
+        """In place of the library's: a card's kernel is one launch, and skips what is causal."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        pairs = queries * keys
+        if is_causal or isinstance(attn_mask, str):
+            pairs -= queries * (queries - 1) // 2
+        self.move(attn_mask)
+        products = pairs * query.shape[:-2].numel() * query.shape[-1]
+        parts = query.to(value.dtype), key.to(value.dtype), value
+        return Attention.apply(self, products, *parts)
+
+    @contextmanager
+    def counting(self):
+        """Inside, the script computes in bf16, as on a card, and everything is counted."""
+        of_script = {
+            "DTYPE": torch.bfloat16,
+            "AUTOCAST": torch.autocast("cpu", torch.bfloat16),
+            "scaled_dot_product_attention": self.attention,
+            "causal_lower_right": lambda queries, keys: "causal",
+        }
+        with patch.multiple(observe_r1, **of_script), self:
+            with patch.object(F, "scaled_dot_product_attention", self.attention):
+                yield self
+
+
+class Attention(torch.autograd.Function):
+    """Shapes, FLOPs and bytes of attention, forwards and backwards."""
 
     @staticmethod
-    def multiply(a, b):
-        rows = a.flatten(0, -2).float()
-        result = torch.empty(len(rows), b.shape[-1], dtype=torch.bfloat16)
-        width = max(128, 2**22 // len(b))  # 16 MiB of the weight at a time
-        for first in range(0, b.shape[-1], width):
-            columns = slice(first, first + width)
-            part = b[:, columns].float()
-            product = rows @ part if Product.real else rows.new_zeros(len(rows), part.shape[1])
-            result[:, columns] = product
-        return result.view(*a.shape[:-1], -1)
+    def forward(ctx, counter, products, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        ctx.counter, ctx.products = counter, products
+        counter.numbers[1] += 4 * products
+        counter.move(key, value)  # empty_like itself counts for the query and the result
+        return torch.empty_like(query)
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        x = x.to(torch.bfloat16)
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        product = Product.multiply(x, weight.T)
-        return product + bias.to(torch.bfloat16) if ctx.has_bias else product
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        for_x = for_weight = for_bias = None
-        if ctx.needs_input_grad[0]:
-            for_x = Product.multiply(grad, weight)
-        if ctx.needs_input_grad[1]:
-            for_weight = Product.multiply(grad.flatten(0, -2).T, x.flatten(0, -2)).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            for_bias = grad.flatten(0, -2).sum(0)
-        return for_x, for_weight, for_bias
+    def backward(ctx, gradient):
+        ctx.counter.numbers[1] += 10 * ctx.products
+        return None, None, *map(torch.empty_like, ctx.saved_tensors)
 
 
-@contextmanager
-def like_a_card(real=True):
-    """On a CPU, compute in bf16 as the script does on a card, with products by `Product`."""
-    kept = F.linear, F.scaled_dot_product_attention, observe_r1.compute_dtype
+class GrowingLayer(transformers.cache_utils.DynamicLayer):
+    """The library's cache, in place of `FixedLayer`: it copies everything for each new token."""
 
-    def attention(query, key, value, attn_mask=None, **how):
-        with torch.autocast("cpu", enabled=False):
-            parts = [part.float() for part in (query, key, value)]
-            if not real:
-                return (parts[0] + 0 * parts[1].sum() + 0 * parts[2].sum()).to(torch.bfloat16)
-            return kept[1](*parts, attn_mask=attn_mask, **how).to(torch.bfloat16)
+    def __init__(self, buffer, length):
+        super().__init__()
+        self.lazy_initialization(*buffer)
+        self.keys, self.values = buffer[..., :length, :]
 
-    Product.real = real
-    F.linear = lambda x, weight, bias=None: Product.apply(x, weight, bias)
-    F.scaled_dot_product_attention = attention
-    observe_r1.compute_dtype = lambda device: torch.bfloat16
-    yield
-    F.linear, F.scaled_dot_product_attention, observe_r1.compute_dtype = kept
+    def update(self, keys, values, *_, **__):
+        return super().update(keys.to(values.dtype), values)
 
 
-def training_state(model, config):
-    """What `prepare` makes, of a model that is there already; its reference is a copy."""
-    adapters = observe_r1.add_adapters(model, config) if config.lora_rank else None
-    reference = None
-    if config.kl_coef and not adapters:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
-        reference = observe_r1.shard(observe_r1.Policy(reference), config)
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    policy = observe_r1.shard(observe_r1.Policy(model), config)
-    optimizer = observe_r1.make_optimizer(policy, config)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    return observe_r1.TrainState(
-        policy, reference, adapters, None, None, None, [], optimizer, scheduler
-    )
+def count_decoding(model, prompts, rows, form):
+    """A decoding step: what the third token of a rollout adds to the second."""
+    counters = []
+    layer, stop = GrowingLayer if form is as_before else observe_r1.FixedLayer, torch.tensor([-1])
+    for tokens in (2, 3):
+        config = replace(CONFIG, max_new_tokens=tokens, num_generations=rows)
+        counter = Counter(number=10**6)  # so many rows go on
+        with counter.counting(), observe_r1.AUTOCAST:
+            with patch.object(observe_r1, "FixedLayer", layer):
+                observe_r1.sample(model, prompts, stop, config)
+        counters.append(counter.numbers)
+    return counters[1] - counters[0]
+
+
+def count(options):
+    """Before and after packed_attention, window_attention and FixedLayer, at real shapes."""
+    processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
+    rollouts = forced_rollouts(processor, 1500, 2000)
+    (large,) = forced_rollouts(processor, 2.56e6 / 28**2, 1).prompts
+    header("model", "what", "form", "launches", "TFLOP", "GB moved")
+    for name in [options.model] if options.model else SHAPES:
+        model = random_model(name, device="fake", layers=options.layers)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        policy = observe_r1.Policy(model)
+
+        def count_update(form, policy=policy):
+            with Counter().counting() as counter:
+                passes(policy.train(), rollouts, form)
+            return counter.numbers
+
+        def count_picture(form, model=model):
+            with Counter().counting() as counter, form(model), observe_r1.AUTOCAST, torch.no_grad():
+                model.model.visual(large["pixel_values"], large["image_grid_thw"])
+            return counter.numbers
+
+        decoding = partial(count_decoding, model.eval(), rollouts.prompts)
+        for what, counted in {
+            "a decoding step, 8 rows": partial(decoding, 8),
+            "a decoding step, 128 rows": partial(decoding, 128),
+            "update of a group": count_update,
+            "a picture of 2.56 MP": count_picture,
+        }.items():
+            for form in (as_before, nullcontext):
+                launches, flops, moved = counted(form=form)
+                when = "before" if form is as_before else "after"
+                cells = f"{launches:,.0f}", f"{flops / 1e12:,.3g}", f"{moved / 1e9:,.4g}"
+                row(name, what, when, *cells)
+
+
+def attention(options):
+    """Bytes that attention over a packed row holds at most, with its backward pass."""
+    header("responses of 2,000 tokens behind 1,500", "packed_attention, GB", "dense mask, GB")
+    module = SimpleNamespace(num_key_value_groups=8, is_causal=True)
+    for G in (2, 4, 8, 16):
+        lengths, cells = [1500] + [2000] * G, []
+        L = sum(lengths)
+        for mask in (lengths, torch.ones(1, 1, L, L, dtype=torch.bool)):
+            with FAKE:
+                parts = [torch.empty(1, heads, L, 128).bfloat16() for heads in (16, 2, 2)]
+            query, key, value = (part.requires_grad_() for part in parts)
+            with Counter().counting() as counter:
+                counter.hold(mask)
+                output, _ = observe_r1.packed_attention(module, query, key, value, mask, scaling=1)
+                output.sum().backward()
+            cells.append(f"{counter.peak / 1e9:.2f}")
+        row(G, *cells)
+
+
+CASES = (  # shapes, tokens of a response, options
+    ("3b", 1024, {}),
+    ("3b", 256, {"gradient_checkpointing": False, "kl_coef": 0.0}),
+    ("3b", 1024, {"freeze_vision": True, "token_budget": 4096}),
+    ("3b", 1024, {"lora_rank": 64}),
+    ("7b", 1024, {"lora_rank": 16}),
+)
+
+
+def count_step(options, config):
+    """The most bytes that a rollout and an update of two groups hold, counted and estimated."""
+    T, advantages = config.max_new_tokens, torch.linspace(-1, 1, 8).expand(2, -1)
+    with Counter().counting() as counter:
+        state = prepared(options, config, "fake")
+        for part in filter(None, (state.policy, state.reference)):
+            for weight in part.parameters():
+                counter.hold(weight)
+        rollouts = forced_rollouts(state.processor, options.pictures[-1] + 70, T, 2)
+        rollouts.mask[0, :, 1:] = False  # one group is short, so that the other meets gradients
+        observe_r1.update(state, rollouts, advantages, config)
+        with observe_r1.AUTOCAST:
+            observe_r1.sample(state.policy.model, rollouts.prompts, torch.tensor([-1]), config)
+        observe_r1.update(state, rollouts, advantages, config)  # meets the moments, too
+    with tempfile.TemporaryDirectory() as folder:
+        state.policy.model.config.save_pretrained(folder)
+        P = rollouts.prompts[0]["input_ids"].shape[1]
+        return counter.peak, estimates.estimate_memory(replace(config, model=folder), P)["peak"]
 
 
 def memory(options):
-    """One step with LoRA at real shapes: a sampled token, then the update on forced responses."""
-    if DEVICE.type != "cpu":
-        raise SystemExit("bench: `memory` measures resident memory on a CPU; see --gpu for a card")
-    return_freed_memory(options.heap)
-    processor, peaks = transformers.AutoProcessor.from_pretrained(CONFIG.model), {}
-    B, G, T = options.prompts, options.responses, options.tokens
-    print(
-        f"{options.model}, LoRA of rank {options.lora_rank}, {B} prompts x {G} responses of {T} "
-        f"tokens behind {options.picture} picture tokens, products: {options.products}\n"
-    )
-    header("phase", "peak GiB", "afterwards GiB", "seconds")
-    with like_a_card(options.products == "real"):
-        with phase("weights in bf16", peaks):
-            real = options.products == "real"
-            model = random_model(options.model, "cpu", torch.bfloat16, options.layers, not real)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        rollouts, config = forced_rollouts(processor, "cpu", options.picture + 70, T, B, G)
-        config = replace(config, lora_rank=options.lora_rank, num_generations=G, max_new_tokens=1)
-        with phase("adapters in fp32 and their moments", peaks):
-            state = training_state(model, config)
-        with phase("prompts and first tokens of a rollout", peaks):
-            model.eval()
-            sample(model, rollouts.prompt, [-1], config)
-        with phase("update", peaks):
-            advantages = torch.linspace(-1, 1, G).expand(B, G)
-            metrics = observe_r1.update(state, rollouts, advantages, config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    P = rollouts.prompt["input_ids"].shape[1]
-    print(f"\n{size:,} weights, {trained:,} of adapters, P = {P}; {metrics}")
-    print(f"peak {max(peak for peak, _, _ in peaks.values()):.2f} GiB")
-    return peaks
-
-
-CASES = {  # name: layers, processes, picture tokens, options
-    "all weights": (8, 1, 144, {}),
-    "all weights, --gradient_checkpointing false --kl_coef 0": (
-        8,
-        1,
-        576,
-        {"kl_coef": 0.0, "gradient_checkpointing": False},
-    ),
-    "--lora_rank 64": (16, 1, 144, {"lora_rank": 64}),
-    "--freeze_vision true": (8, 1, 144, {"freeze_vision": True}),
-    "all weights, 2 processes": (8, 2, 144, {}),
-}
-
-
-def warm_up(config):
-    """A pass of the toy, so that libraries and their buffers do not count as training's memory."""
-    model = observe_r1.load_model(CONFIG)
-    processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
-    rollouts, _ = forced_rollouts(processor, "cpu", 80, 4)
-    backward(observe_r1.response_log_probs, model, rollouts, config)()
-    if config.lora_rank:
-        observe_r1.add_adapters(model, config)
-
-
-def measure(options):
-    """One rollout and one update of a case through `prepare`: its peak and its estimate, as JSON."""
-    return_freed_memory("finest")  # what is kept would count as in use
-    layers, processes, pixels, changes = CASES[options.case]
-    folder = Path(options.folder)
-    _, config = picture(pixels)
-    config = replace(config, **{"gradient_checkpointing": True, **changes})
-    config = replace(
-        config,
-        model=str(folder / "model"),
-        data=str(TOY / "heldout.parquet"),
-        eval_data="",
-        eval_steps=0,
-        output_dir=str(folder),
-        prompts_per_step=processes,
-        minibatch_prompts=processes,
-        max_new_tokens=options.tokens,
-        num_generations=options.responses,
-        bonus=0.0,
-    )
-    warm_up(config)
-    before = resident()
-    state = observe_r1.prepare(config, folder, observe_r1.rollout)
-    problems = [picture(pixels)[0]]
-    forget_peak()
-    with observe_r1.unsharded(state.policy):
-        rollouts = observe_r1.rollout(state.policy.model, state.processor, problems, config)
-    sampled = resident("VmHWM") - before
-    forget_peak()
-    rollouts.mask.fill_(1)
-    advantages = torch.linspace(-1, 1, config.num_generations).expand(1, -1)
-    observe_r1.update(state, rollouts, advantages, config)
-    updated = resident("VmHWM") - before
-    P = rollouts.prompt["input_ids"].shape[1]
-    config.max_new_tokens = rollouts.mask.shape[-1]
-    expected = observe_r1.estimate_memory(config, P)
-    if observe_r1.RANK == 0:
-        size = sum(p.numel() for p in random_model("small", "meta", layers=layers).parameters())
-        result = {"size": size, "rollout": sampled, "update": updated, "expected": expected}
-        print(json.dumps(result), flush=True)
-
-
-def estimate(options):
-    """The estimate of each case against what a run of it takes, in processes of their own."""
-    for name, (layers, processes, *_) in CASES.items():
-        if options.case not in (None, name):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            random_model("small", "cpu", layers=layers).save_pretrained(f"{folder}/model")
-            processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
-            processor.save_pretrained(f"{folder}/model")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(processes), __file__, "measure", "--case", name]
-            command += ["--folder", folder, "--tokens", "16", "--responses", "4"]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            errors = [line for line in run.stderr.splitlines() if "Error" in line]
-            raise SystemExit(f"bench: {name} failed: {errors or run.stderr[-3000:]}")
-        result = json.loads(run.stdout.splitlines()[-1])
-        expected = result["expected"]
-        measured = max(result["rollout"], result["update"])
-        row(
-            f"{name}, {result['size'] / 1e6:.0f} million weights",
-            f"measured {measured / GIB:.2f} GiB",
-            f"estimate {expected['peak'] / GIB:.2f} GiB, {expected['peak'] / measured:.2f} of it",
-            "0.85 to 1.15",
-        )
-
-
-# --------------------------------------------------------------------------------------- on a card
-
-
-def gpu(options):
-    """Tokens a second of rollouts and updates, against `generate` and against the card's limits."""
-    processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
-    model = random_model(options.model, layers=options.layers)
-    tokens = options.tokens
-    problem, config = picture(options.picture)
-    config = replace(config, max_new_tokens=tokens)
-    size = sum(p.numel() for p in model.parameters())
-    for batch in options.batches:
-        model.eval()
-        prompt = observe_r1.encode_prompts([problem] * (batch // 8), processor, config)
-        ratio = against_generate(model, prompt, [-1], config, tokens, options.repeats)
-        started = time.perf_counter()
-        sample(model, prompt, [-1], config)
-        synchronise()
-        rate = batch * tokens / (time.perf_counter() - started)
-        length = prompt["input_ids"].shape[1] + tokens / 2
-        cached = observe_r1.cache_bytes(model.config, model.dtype) * batch * length
-        traffic = 2 * size + cached  # bytes of a token
-        limit = batch * options.bandwidth / traffic
-        what = f"rollout, {batch} responses of {tokens} tokens: {rate:,.0f} tokens/s"
-        against = f"`generate`; bandwidth limit {limit:,.0f} tokens/s"
-        row(what, against, f"{ratio}; {rate / limit:.2f} of the limit", "≥ 2")
-    model.train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    rollouts, config = forced_rollouts(processor, model.device, options.picture + 70, tokens)
-    work = backward(observe_r1.response_log_probs, model, rollouts, config)
-    seconds(work)
-    count = rollouts.prompt["input_ids"].shape[1] + rollouts.mask.sum().item()
-    rate = count / statistics.median(seconds(work) for _ in range(options.repeats))
-    used = 6 * size * rate / options.flops  # what is computed again does not count
-    row(f"update: {rate:,.0f} tokens/s", "FLOP/s of the card", f"{used:.2f} used", "≥ 0.40")
+    """tools/memory.py against the peak of a step that runs on fake tensors, in bf16."""
+    header("model", "options", "counted, GB", "estimate, GB", "estimate / counted")
+    for name, tokens, changes in CASES:
+        config = replace(CONFIG, prompts_per_step=2, max_new_tokens=tokens, token_budget=16384)
+        config = replace(config, **{"gradient_checkpointing": True, **changes})
+        options.model = name
+        counted, expected = count_step(options, config)
+        numbers = [f"{number / 1e9:.1f}" for number in (counted, expected)]
+        told = " ".join(f"--{name} {value}" for name, value in changes.items()) or "all weights"
+        row(name, told, *numbers, f"{expected / counted:.2f}")
 
 
 def step(options):
-    """One optimiser step on forced responses with --kind full, offload or lora: its peak memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        observe_r1.start(CONFIG, Path(folder))  # the process group
-    config = replace(CONFIG, cpu_offload=options.kind == "offload")
-    config = replace(config, lora_rank=options.lora_rank if options.kind == "lora" else 0)
-    where = "cpu" if config.cpu_offload else DEVICE
-    dtype = observe_r1.compute_dtype(DEVICE) if config.lora_rank else torch.float32
-    state = training_state(random_model(options.model, where, dtype, options.layers), config)
-    processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
-    P, T, B = options.picture + 70, options.tokens, options.prompts
-    rollouts, lengths = forced_rollouts(processor, DEVICE, P, T, B)
-    config = replace(config, max_pixels=lengths.max_pixels)
+    """Speed and peak memory of an update on forced responses."""
+    config = replace(CONFIG, lora_rank=options.lora_rank, gradient_checkpointing=True)
+    state = prepared(options, config)
+    B, T = options.prompts, options.tokens
+    rollouts = forced_rollouts(state.processor, options.pictures[-1] + 70, T, B)
     advantages = torch.linspace(-1, 1, 8).expand(B, -1)
-    observe_r1.update(state, rollouts, advantages, config)  # the first one fills the moments
-    took = seconds(lambda: observe_r1.update(state, rollouts, advantages, config))
-    if DEVICE.type == "cpu":
-        peak = f"{resident('VmHWM') / GIB:.2f} GiB resident"
-    else:
-        peak = f"{torch.accelerator.max_memory_allocated() / GIB:.1f} GiB"
-    rate = B * (P + 8 * T) / took
-    what = f"a step, {options.kind}, {B} prompts x 8 responses of {T} tokens: {rate:,.0f} tokens/s"
-    row(what, "peak memory", peak, {"offload": "≤ 22", "lora": "≤ 22"}.get(options.kind, ""))
+    work = partial(observe_r1.update, state, rollouts, advantages, config)
+    work()  # the first one makes the moments
+    rate = B * (rollouts.prompts[0]["input_ids"].shape[1] + 8 * T) / seconds(work)
+    peak = torch.accelerator.max_memory_allocated() if observe_r1.ACCELERATOR else math.nan
+    header("update", "speed", "peak memory")
+    what = f"LoRA rank {options.lora_rank}, {B} x 8 responses of {T} tokens"
+    row(what, f"{rate:,.0f} tokens/s", f"{peak / 1e9:.1f} GB")
 
 
 def main():
-    commands = (rollout, update, logits, growth, answers, trl, memory, estimate, measure, gpu, step)
-    rows = {command.__name__: command for command in commands}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("rows", nargs="*", help=", ".join(rows))
-    parser.add_argument("--gpu", action="store_true", help="the row gpu")
-    parser.add_argument("--model", choices=SHAPES, default="3b", help="shapes of the model")
+    functions = (rollout, update, answers, count, attention, memory, step)
+    rows = {function.__name__: function for function in functions}
+    how = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("rows", nargs="*", default=["rollout", "update"], help=", ".join(rows))
+    parser.add_argument("--model", choices=SHAPES, help="shapes of the model; else the toy")
     parser.add_argument("--layers", type=int, help="so many layers instead")
-    parser.add_argument("--lora_rank", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--responses", type=int, default=8, help="to each prompt")
-    parser.add_argument("--tokens", type=int, default=256, help="of a response")
-    parser.add_argument("--picture", type=int, default=1024, help="tokens of a prompt's picture")
-    parser.add_argument(
-        "--products",
-        choices=("real", "none"),
-        default="real",
-        help="memory: none makes all tensors but multiplies nothing",
-    )
-    parser.add_argument(
-        "--heap",
-        choices=HEAPS,
-        default="coarse",
-        help="memory: finer counts less freed memory as used, and takes longer",
-    )
-    parser.add_argument("--kind", choices=("full", "offload", "lora"), default="lora")
-    parser.add_argument("--batches", type=int, nargs="*", default=[64, 256], help="gpu: responses")
-    parser.add_argument("--repeats", type=int, default=3, help="gpu: runs of each")
-    parser.add_argument("--bandwidth", type=float, default=math.nan, help="of the card, bytes/s")
-    parser.add_argument("--flops", type=float, default=math.nan, help="of the card in bf16, FLOP/s")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="of a response")
+    parser.add_argument("--pictures", type=int, nargs="*", default=[5, 256, 961], help="tokens")
+    parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    names = options.rows + ["gpu"] * options.gpu or ["rollout", "update", "logits", "growth"]
-    for name in names:
+    for name in options.rows:
         if name not in rows:
             parser.error(f"there is no row {name!r}, only {', '.join(rows)}")
-    if not {"answers", "memory", "measure"} & set(names):
-        header("what", "against", "ratio", "goal")
-    for name in names:
-        rows[name](*[options] * (name != "answers"))
+        rows[name](options)
 
 
 if __name__ == "__main__":
