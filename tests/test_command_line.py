@@ -161,9 +161,7 @@ def test_mistyped_words_are_answered_with_the_nearest(words, nearest):
     assert nearest in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "words", [["--seed", "1.5"], ["--seed"], ["--observe", "maybe"], ["--sigma", "x"]]
-)
+@pytest.mark.parametrize("words", [["--seed", "1.5"], ["--seed"], ["--observe", "maybe"]])
 def test_values_that_cannot_be_read(words, capsys):
     """Two lines; the list of all options does not bury them."""
     with pytest.raises(SystemExit) as end:
@@ -254,6 +252,17 @@ def test_each_end_of_a_command_destroys_the_group(error, main, monkeypatch):
         with pytest.raises(TypeError) if error else pytest.MonkeyPatch.context():
             observe_r1.main()
     assert not torch.distributed.is_initialized()
+
+
+def test_processes_may_end_hours_apart(data, tmp_path, monkeypatch):
+    """The default of ten minutes would end a long rollout."""
+    said = {}
+    monkeypatch.setattr(observe_r1, "WORLD", 2)
+    monkeypatch.setattr(observe_r1, "gather", None)  # what comes after the start
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **how: said.update(how))
+    with pytest.raises(TypeError):
+        observe_r1.train(run_config(data, tmp_path / "run"))
+    assert said["timeout"].total_seconds() >= 12 * 3600
 
 
 def test_out_of_memory_names_the_tool_that_helps(monkeypatch, main):

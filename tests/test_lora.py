@@ -1,22 +1,18 @@
 """LoRA: exact at the start, nothing but adapters moves, and what is written loads by itself."""
 
 import copy
-import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY, read_jsonl, run_config, toy_rows, write_parquet
+from conftest import read_jsonl, run_config, toy_rows, write_parquet
 
 import observe_r1
 from observe_r1 import response_log_probs, rollout, update
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated"
-)  # peft's
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_check")  # of peft's own making
 
 
 def lora_config(data, output, **options):
@@ -38,24 +34,15 @@ def run(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(observe_r1, "prepare", lambda *a: states.append(prepare(*a)) or states[0])
         observe_r1.train(lora_config(data, output))
-    (state,) = states
-    model, metrics = state.policy.model.eval(), read_jsonl(output / "metrics.jsonl")
-    return SimpleNamespace(output=output, state=state, model=model, metrics=metrics)
+    metrics = read_jsonl(output / "metrics.jsonl")
+    return SimpleNamespace(output=output, policy=states[0].policy, state=states[0], metrics=metrics)
 
 
 @pytest.fixture
 def prepared(data, tmp_path):
     """The state before the first step, with these options."""
-
-    def prepare(**options):
-        return observe_r1.prepare(lora_config(data, tmp_path / "run", **options), rollout)
-
-    return prepare
-
-
-@torch.no_grad()
-def log_probs_of(policy, rollouts, config):
-    return response_log_probs(policy, rollouts, config)
+    output = tmp_path / "run"
+    return lambda **how: observe_r1.prepare(lora_config(data, output, **how), rollout)
 
 
 def adapters(model):
@@ -77,14 +64,13 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(
     state = prepared(gradient_checkpointing=True)
     policy, trained = state.policy, adapters(state.policy.model)
     rollouts = rollout(toy_model, processor, problems[:4], config)
-    base = log_probs_of(toy_model, rollouts, config)
-    assert torch.equal(log_probs_of(policy, rollouts, config), base)
+    base = response_log_probs(toy_model, rollouts, config)
+    assert torch.equal(response_log_probs(policy, rollouts, config), base)
     assert state.reference is None  # no second model: the adapters are switched off
 
     names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert names == set(trained)
-    for part in ("visual", "language_model"):
-        assert any(part in name for name in names)
+    assert any("visual" in name for name in names)
     assert not any("lm_head" in name or "embed" in name for name in names)
     (group,) = state.optimizer.param_groups
     assert set(group["params"]) == set(trained.values())
@@ -94,16 +80,12 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(
     update(state, rollouts, torch.randn(4, 4), config)
     after = policy.model.state_dict()
     assert {name for name in after if (after[name] != before[name]).any()} == names
-    assert all(p.grad is None for p in policy.parameters())
 
 
-def test_freeze_vision_leaves_the_tower_without_adapters(prepared, processor, problems, config):
+def test_freeze_vision_leaves_the_tower_without_adapters(prepared):
     state = prepared(freeze_vision=True)
-    names = set(adapters(state.policy.model))
-    assert names and not any("visual" in name for name in names)
+    assert not any("visual" in name for name in adapters(state.policy.model))
     assert not any(p.requires_grad for p in state.policy.model.model.visual.parameters())
-    rollouts = rollout(state.policy.model, processor, problems[:2], config)
-    assert update(state, rollouts, torch.randn(2, 4), config)["grad_norm"] > 0
 
 
 def test_frozen_weights_in_bf16_adapters_in_fp32(
@@ -119,55 +101,58 @@ def test_frozen_weights_in_bf16_adapters_in_fp32(
     rollouts = rollout(model, processor, problems[:2], config)
     metrics = update(state, rollouts, torch.randn(2, 4), config)
     assert all(p.abs().max() > 0 for name, p in adapters(model).items() if "lora_B" in name)
-    assert 0 < metrics["grad_norm"] < 1e3 and metrics["kl"] == 0
+    assert metrics["kl"] == 0
 
 
 def test_without_peft_one_line_says_what_to_install(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match="pip install peft") as caught:
+    with pytest.raises(ValueError, match="^--lora_rank needs peft: pip install peft$"):
         prepared()
-    assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------- after training
 
 
+@torch.no_grad()
 def test_the_reference_stays_the_base_model(run, toy_model, processor, problems, config):
     """It is the policy without its adapters: equal at first, so that KL starts at 0."""
     kl = [row["kl"] for row in run.metrics]
     assert kl[0] == 0 and min(kl[1:]) > 0
     rollouts = rollout(toy_model, processor, problems[:3], config)
-    base = log_probs_of(toy_model, rollouts, config)
-    now = log_probs_of(run.state.policy, rollouts, config)
+    base = response_log_probs(toy_model, rollouts, config)
+    now = response_log_probs(run.policy, rollouts, config)
     with observe_r1.reference_policy(run.state) as reference:
-        assert torch.equal(log_probs_of(reference, rollouts, config), base)
-    assert torch.equal(log_probs_of(run.state.policy, rollouts, config), now)
+        assert torch.equal(response_log_probs(reference, rollouts, config), base)
+    assert torch.equal(response_log_probs(run.policy, rollouts, config), now)
     assert (now - base).abs().max() > 1e-3
     weights = toy_model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in frozen(run.model).items())
+    assert all(
+        torch.equal(value, weights[name]) for name, value in frozen(run.policy.model).items()
+    )
 
 
+@torch.no_grad()
 def test_what_is_written_loads_by_itself_and_is_what_was_trained(
     run, toy_model, model, processor, problems, config
 ):
     """final/ has plain weights under plain names; final/adapter goes on the base model."""
     rollouts = rollout(toy_model, processor, problems[:3], config)
-    trained = log_probs_of(run.state.policy, rollouts, config)
+    trained = response_log_probs(run.policy, rollouts, config)
     final = type(toy_model).from_pretrained(run.output / "final", dtype=torch.float32)
     assert set(final.state_dict()) == set(toy_model.state_dict())
     adapted = peft.PeftModel.from_pretrained(model, run.output / "final" / "adapter")
     for written in (final, adapted.get_base_model()):
-        found = log_probs_of(written, rollouts, config)
+        found = response_log_probs(written, rollouts, config)
         torch.testing.assert_close(found, trained, atol=1e-4, rtol=1e-4)
-    settings = json.loads((run.output / "final" / "adapter" / "adapter_config.json").read_text())
-    assert settings["r"] == 4 and Path(settings["base_model_name_or_path"]) == TOY / "model"
 
 
 def test_a_checkpoint_holds_no_frozen_weight(run):
     folder = run.output / "checkpoint-3"
     keys = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = [key for key in keys if key.startswith("model_state_dict")]
-    assert len(weights) == len(adapters(run.model)) and all("lora_" in key for key in weights)
+    assert len(weights) == len(adapters(run.policy.model)) and all(
+        "lora_" in key for key in weights
+    )
     assert len([key for key in keys if ".exp_avg" in key]) == 2 * len(weights)
 
 

@@ -262,7 +262,7 @@ def test_a_folder_that_is_taken_is_refused_or_moved_aside(data, undisturbed, cop
 # -------------------------------------------------------------------------------------- NaN
 
 
-@pytest.mark.parametrize("bad", [[2], [2, 3, 4]])
+@pytest.mark.parametrize("bad", [[2], [1, 4, 5, 6]])
 def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(
     bad, data, tmp_path, monkeypatch
 ):
@@ -282,8 +282,8 @@ def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(
     options = {"eval_data": "", "eval_steps": 0, "save_steps": 0, "max_new_tokens": 8}
     config = small_config(data, tmp_path / "run", max_steps=3, **options)
     config.num_generations = 2
-    if len(bad) == 3:
-        with pytest.raises(ValueError, match="infinite gradients in three updates up to step 2"):
+    if len(bad) > 1:
+        with pytest.raises(ValueError, match="infinite gradients in three updates up to step 3"):
             observe_r1.train(config)
     else:
         assert observe_r1.train(config)["skipped_updates"] == 1
@@ -291,4 +291,4 @@ def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(
         assert all(value.isfinite().all() for value in weights.values())
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in log.splitlines()]
-    assert [row["skipped_updates"] for row in rows] == ([1, 1, 1] if len(bad) == 1 else [1, 3])
+    assert [row["skipped_updates"] for row in rows] == ([1, 1, 1] if len(bad) == 1 else [1, 2, 4])
