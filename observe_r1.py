@@ -753,8 +753,8 @@ def response_rows(problems, rollouts, scores):
     """One row for each problem: what it is, its responses, and lists of all their scores."""
     rows = []
     for b, problem in enumerate(problems):
-        row = {name: value for name, value in problem.items() if name != "images"}
-        row["responses"] = rollouts.texts[b]
+        row = {**problem, "responses": rollouts.texts[b]}
+        del row["images"]
         rows.append(row | {name: values[b].tolist() for name, values in scores.items()})
     return rows
 
@@ -906,9 +906,8 @@ def add_adapters(model, config):
     except ImportError as error:
         raise ValueError("--lora_rank needs peft: pip install peft") from error
     rank, frozen = config.lora_rank, ".*visual.*" if config.freeze_vision else None
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=frozen
-    )
+    trained = {"target_modules": "all-linear", "exclude_modules": frozen}
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, **trained)
     # Without a gradient at its input, FSDP would reduce the first layer in another order in passes
     # without pictures, and the processes would wait for each other for ever.
     model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
@@ -918,7 +917,7 @@ def add_adapters(model, config):
 def prepare(config, rollout):
     """Everything that training needs; says what is going to happen."""
     run = start(config)
-    problems = run[2]
+    _, _, problems, _ = run
     steps = training_steps(problems, config)
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     if len(steps[-1]) < WORLD:
@@ -1377,8 +1376,8 @@ def stop_on_signals(state):
             raise KeyboardInterrupt
         state.stopping = True
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
 
 
 def read_json(file):
