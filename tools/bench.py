@@ -38,16 +38,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers.initialization import no_init_weights
 
-HERE = Path(__file__).resolve().parent
-TOY = HERE.parent / "toy"
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import memory as estimates
 
 import observe_r1
 import rewards
 
+HERE = Path(__file__).resolve().parent
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # inside, tensors have shapes and no numbers
-CONFIG = observe_r1.parse_arguments(["train", "--config", str(TOY / "config.json")])[1]
+CONFIG = observe_r1.parse_arguments(
+    ["train", "--config", str(HERE.parent / "toy" / "config.json")]
+)[1]
 DEVICE = observe_r1.DEVICE
 
 
@@ -331,11 +333,12 @@ class Counter(TorchDispatchMode):
     def __init__(self, number=0):
         super().__init__()
         self.number, self.numbers = number, np.zeros(3)  # launches, FLOPs, bytes moved
-        self.live, self.held, self.peak = {}, 0, 0
+        self.live, self.held, self.peak, self.asked = {}, 0, 0, []
 
     def __torch_dispatch__(self, function, types, arguments=(), how=None):
         first, how = next(iter(arguments), None), how or {}
         if function is aten._local_scalar_dense.default and isinstance(first, FakeTensor):
+            self.asked.append(self.numbers.copy())
             return first.dtype == torch.bool or self.number
         if function is aten.index.Tensor and isinstance(first, FakeTensor):
             numbers = []  # a mask's say how large the result is
@@ -428,17 +431,13 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
 
 
 def count_decoding(model, prompts, rows, form):
-    """A decoding step: what the third token of a rollout adds to the second."""
-    counters = []
-    layer, stop = GrowingLayer if form is as_before else observe_r1.FixedLayer, torch.tensor([-1])
-    for tokens in (2, 3):
-        config = replace(CONFIG, max_new_tokens=tokens, num_generations=rows)
-        counter = Counter(number=10**6)  # so many rows go on
-        with counter.counting(), observe_r1.AUTOCAST:
-            with patch.object(observe_r1, "FixedLayer", layer):
-                observe_r1.sample(model, prompts, stop, config)
-        counters.append(counter.numbers)
-    return counters[1] - counters[0]
+    """A decoding step: what comes between the second and the third token of a rollout."""
+    config = replace(CONFIG, max_new_tokens=3, num_generations=rows)
+    layer = GrowingLayer if form is as_before else observe_r1.FixedLayer
+    with patch.object(observe_r1, "FixedLayer", layer):
+        with Counter(number=rows).counting() as counter, observe_r1.AUTOCAST:
+            observe_r1.sample(model, prompts, torch.tensor([-1]), config)
+    return counter.asked[2] - counter.asked[1]  # it asks once a token how many go on
 
 
 def count(options):

@@ -5,7 +5,7 @@
 
 The options are those of `observe_r1.py train`; --card_gb is the memory of one card (default: of the
 one that is here), --cards their number. Of the model the shapes are read and no weight. The longest
-prompt is that of --data or, without such a file, the longest that is allowed; responses are taken to
+prompt is that of --data or, without such a file, the longest allowed; responses are taken to
 be as long as they may get. Trained weights are fp32, arithmetic is in bf16, as on any card.
 """
 

@@ -18,8 +18,10 @@ Both reasoning prompts get the same share of each phase but the first, which rea
 """
 
 import argparse
+import json
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -38,18 +40,12 @@ from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
 )
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from observe_r1 import (
-    PROMPTS,
-    Config,
-    evaluate,
-    load_problems,
-    mix_ladder,
-    score_problems,
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from observe_r1 import KNOWN, PROMPTS, Config, evaluate, load_problems, mix_ladder, score_problems
 
+HERE = Path(__file__).resolve().parent
 QUESTION = "What is the sum of the digits?"
+ASK = [{"type": "image"}, {"type": "text", "text": QUESTION}]
 MAX_DIGITS = 6
 PIXELS = {"min_pixels": 784, "max_pixels": 784 * 64}
 TEMPLATE = (  # Qwen2.5-VL's own chat template, without tools and videos
@@ -60,22 +56,17 @@ TEMPLATE = (  # Qwen2.5-VL's own chat template, without tools and videos
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONTROL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-TAGS = ["<observe>", "</observe>", "<think>", "</think>", "<answer>", "</answer>"]
+CONTROL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> "
+    "<|video_pad|>"
+).split()
+TAGS = "<observe> </observe> <think> </think> <answer> </answer>".split()
 
 
 # ---------------------------------------------------------------------------------- pictures
 
 
-def draw_strip(pictures: np.ndarray, rng: random.Random) -> Image.Image:
+def draw_strip(pictures, rng):
     """A strip of digits, 28 x 28 each, jittered in size and place, from 8 x 8 scans (0 to 16)."""
     strip = Image.new("L", (28 * len(pictures), 28))
     for i, scan in enumerate(pictures):
@@ -85,7 +76,7 @@ def draw_strip(pictures: np.ndarray, rng: random.Random) -> Image.Image:
     return strip
 
 
-def make_problem(images, labels, k: int, rng: random.Random) -> dict:
+def make_problem(images, labels, k, rng):
     chosen = [rng.randrange(len(images)) for _ in range(k)]
     digits = [int(labels[i]) for i in chosen]
     return {
@@ -99,11 +90,11 @@ def make_problem(images, labels, k: int, rng: random.Random) -> dict:
 # ---------------------------------------------------------------------------------- responses
 
 
-def observe(digits) -> str:
+def observe(digits):
     return "<observe>" + ",".join(map(str, digits)) + "</observe>"
 
 
-def sums(digits) -> str:
+def sums(digits):
     """3, 8, 2 -> 3+8=11,11+2=13: tight, so that six digits stay under 60 tokens."""
     total, steps = digits[0], []
     for digit in digits[1:]:
@@ -112,7 +103,7 @@ def sums(digits) -> str:
     return ",".join(steps) or str(total)
 
 
-def respond(digits, look=True, think=True, check=False, misread=0.0, rng=random) -> str:
+def respond(digits, look=True, think=True, check=False, misread=0.0, rng=random):
     """A response in one habit; `misread` is the chance that the reasoning has one digit wrong."""
     read = list(digits)
     if rng.random() < misread:
@@ -139,7 +130,7 @@ CHECKED = 0.2  # share of the solutions in phase 2 that check, so that checking 
 # ---------------------------------------------------------------------------------- model
 
 
-def make_processor() -> Qwen2_5_VLProcessor:
+def make_processor():
     """A byte-level tokenizer of some 400 tokens and the ordinary Qwen2.5-VL processor."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -167,7 +158,7 @@ def make_processor() -> Qwen2_5_VLProcessor:
         additional_special_tokens=CONTROL[1:2] + CONTROL[3:],
         model_max_length=1024,
     )
-    size = {"shortest_edge": 784, "longest_edge": 784 * 64}
+    size = {"shortest_edge": PIXELS["min_pixels"], "longest_edge": PIXELS["max_pixels"]}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
         tokenizer=tokenizer,
@@ -176,7 +167,7 @@ def make_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(processor):
     tokens = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
@@ -217,7 +208,7 @@ def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) -> None:
+def imitate(model, processor, demonstrate, steps, batch, rate):
     """Supervised steps: cross-entropy of demonstrated responses, stop token included."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
@@ -229,10 +220,7 @@ def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) 
         chats = [
             [
                 {"role": "system", "content": PROMPTS[kind]},
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
-                },
+                {"role": "user", "content": ASK},
                 {"role": "assistant", "content": text},
             ]
             for _, text in examples
@@ -245,9 +233,7 @@ def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) 
             return_tensors="pt",
         )
         labels = torch.full_like(inputs["input_ids"], -100)
-        for i, (_, text) in enumerate(
-            examples
-        ):  # left padded: a row ends in response, stop, newline
+        for i, (_, text) in enumerate(examples):  # padded left: ends in response, stop, newline
             count = len(processor.tokenizer(text + "<|im_end|>")["input_ids"])
             labels[i, -count - 1 : -1] = inputs["input_ids"][i, -count - 1 : -1]
         loss = model(**inputs, labels=labels).loss
@@ -260,45 +246,30 @@ def imitate(model, processor, demonstrate, steps: int, batch: int, rate: float) 
             print(f"{demonstrate.__name__} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
 
 
-def sampled_accuracy(model, processor, held_out: datasets.Dataset) -> str:
-    config = Config(num_samples=4, prompts_per_step=32, max_new_tokens=128, **PIXELS)
-    result, _ = evaluate(model, processor, held_out, config)
-    return (
-        f"accuracy {result['accuracy']:.3f} format {2 * result['format']:.3f} "
-        f"length {result['response_length']:.1f}"
-    )
-
-
-def warm_start(images, labels, held_out: datasets.Dataset, rng: random.Random, phases) -> tuple:
-    processor = make_processor()
+def warm_start(processor, images, labels, rng, phases, measure):
     model = make_model(processor)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(processor.tokenizer)} tokens"
-    )
+    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
 
     def problems(batch, largest=MAX_DIGITS):
         return [make_problem(images, labels, rng.randint(1, largest), rng) for _ in range(batch)]
 
-    def digits(
-        progress, batch
-    ):  # strips grow from one digit to six over the first 60 % of the phase
+    def digits(progress, batch):  # strips grow to six digits over the first 60 % of the phase
         largest = 1 + min(MAX_DIGITS - 1, int(progress / 0.6 * MAX_DIGITS))
-        return "observe", [
-            (problem, observe(problem["digits"])) for problem in problems(batch, largest)
-        ]
+        examples = [(each, observe(each["digits"])) for each in problems(batch, largest)]
+        return "observe", examples
 
     def solutions(progress, batch):
         kind = rng.choice(["observe", "think"])
         check = [rng.random() < CHECKED for _ in range(batch)]
-        return kind, [
-            (problem, respond(problem["digits"], look=kind == "observe", check=again))
-            for problem, again in zip(problems(batch), check)
-        ]
+        examples = []
+        for problem, again in zip(problems(batch), check, strict=True):
+            text = respond(problem["digits"], look=kind == "observe", check=again)
+            examples.append((problem, text))
+        return kind, examples
 
     def habits(progress, batch):
         kind = rng.choices(["observe", "think", "answer"], [0.4, 0.4, 0.2])[0]
-        shares, ways = zip(*HABITS)
+        shares, ways = zip(*HABITS, strict=True)
         examples = []
         for problem in problems(batch):
             way = BLIND if kind == "answer" else rng.choices(ways, shares)[0]
@@ -309,80 +280,69 @@ def warm_start(images, labels, held_out: datasets.Dataset, rng: random.Random, p
 
     imitate(model, processor, digits, phases[0], 64, 2e-3)
     imitate(model, processor, solutions, phases[1], 48, 1e-3)
-    print("after solutions:", sampled_accuracy(model, processor, held_out), flush=True)
+    measure(model, "solutions")
     imitate(model, processor, habits, phases[2], 48, 3e-4)
-    print("after habits:", sampled_accuracy(model, processor, held_out), flush=True)
-    return model, processor
+    measure(model, "habits")
+    return model
 
 
-def make_problems(images, labels, count: int, name: str, rng: random.Random) -> list[dict]:
+def make_problems(images, labels, count, name, rng):
     """`count` problems, as many of each number of digits."""
     made = [make_problem(images, labels, 1 + i % MAX_DIGITS, rng) for i in range(count)]
     return [{"id": f"{name}-{i}", **problem} for i, problem in enumerate(made)]
 
 
-def write_problems(problems: list[dict], file: Path) -> None:
-    features = {
-        "id": datasets.Value("string"),
-        "images": datasets.List(datasets.Image()),
-        "question": datasets.Value("string"),
-        "answer": datasets.Value("string"),
-    }
-    if "stage" in problems[0]:
-        features |= {
-            "difficulty": datasets.Value("float64"),
-            "complexity": datasets.Value("float64"),
-            "stage": datasets.Value("int64"),
-        }
+def write_problems(problems, file):
+    features = {name: kind for name, kind in KNOWN.items() if name in problems[0]}
     rows = [{name: problem[name] for name in features} for problem in problems]
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def main():
+    how = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--phases", type=int, nargs=3, default=[1000, 2400, 300], help="steps of each"
-    )
+    parser.add_argument("--phases", type=int, nargs=3, default=[1000, 2400, 300], help="steps")
     parser.add_argument("--problems", type=int, default=960, help="problems of the ladder")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of model and problems")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    rngs = [random.Random(args.seed + part) for part in range(3)]
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8)
     split = np.random.default_rng(args.seed).permutation(len(images))
     warm, learn, held = split[:800], split[800:1400], split[1400:]  # no picture in two of them
-    held_out = make_problems(
-        images[held], labels[held], 192, "held-out", random.Random(args.seed + 1)
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_problems(held_out, args.output / "heldout.parquet")
-    held_out = load_problems(str(args.output / "heldout.parquet"))
-    model, processor = warm_start(
-        images[warm], labels[warm], held_out, random.Random(args.seed), args.phases
-    )
+
+    measured = Path(tempfile.mkdtemp())  # for what the script writes while it measures
+    config = Config(num_samples=4, prompts_per_step=32, max_new_tokens=128, **PIXELS)
+    config.output_dir, processor = str(measured), make_processor()
+    held_out = args.output / "heldout.parquet"
+    write_problems(make_problems(images[held], labels[held], 192, "held-out", rngs[1]), held_out)
+    held_out = load_problems(str(held_out), processor, config)
+
+    def measure(model, phase):
+        result = evaluate(model, processor, held_out, config, measured / f"{phase}.jsonl")
+        print(f"after {phase}: {result}", flush=True)
+
+    model = warm_start(processor, images[warm], labels[warm], rngs[0], args.phases, measure)
     model.save_pretrained(args.output / "model")
     processor.save_pretrained(args.output / "model")
+    shaped = {"observe": True, "system_prompt": "", **PIXELS}
+    (args.output / "model" / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
 
-    problems = make_problems(
-        images[learn], labels[learn], args.problems, "train", random.Random(args.seed + 2)
-    )
-    write_problems(problems, args.output / "ladder.parquet")  # in no order yet, to be scored
-    config = Config(prompts_per_step=32, max_new_tokens=128, **PIXELS)
-    unscored = load_problems(str(args.output / "ladder.parquet"))
-    scores = score_problems(model, processor, unscored, config)
-    difficulty = [score["difficulty"] for score in scores]
-    complexity = [score["complexity"] for score in scores]
-    order, stages = mix_ladder(difficulty, complexity, args.seed)
+    ladder = args.output / "ladder.parquet"
+    problems = make_problems(images[learn], labels[learn], args.problems, "train", rngs[2])
+    write_problems(problems, ladder)  # in no order yet, to be scored
+    unscored = load_problems(str(ladder), processor, config)
+    scored = score_problems(model, processor, unscored, config, measured / "scores.jsonl")
+    difficulty = [1 - np.mean(row["accuracy"]) for row in scored]
+    complexity = [np.mean(row["response_length"]) for row in scored]
     rows = []
-    for i, stage in zip(order, stages):
-        score = {"difficulty": difficulty[i], "complexity": complexity[i], "stage": stage}
+    for i, stage in zip(*mix_ladder(difficulty, complexity, args.seed), strict=True):
+        score = {"difficulty": difficulty[i], "complexity": complexity[i], "stage": int(stage)}
         rows.append({**problems[i], **score})
-    write_problems(rows, args.output / "ladder.parquet")
-    levels = [round(8 * share) for share in difficulty]
-    print("problems of each difficulty:", np.bincount(levels, minlength=9).tolist())
+    write_problems(rows, ladder)
 
 
 if __name__ == "__main__":
