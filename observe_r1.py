@@ -1473,15 +1473,16 @@ def parse_arguments(words):
     if unknown:
         known = [*COMMANDS, *(f"--{name}" for name in HELP)]
         nearest = difflib.get_close_matches(unknown[0], known)
-        raise ValueError(f"{unknown[0]}? Perhaps {nearest}. {USAGE}")
+        raise ValueError(f"{unknown[0]} is unknown; the nearest are {nearest}. {USAGE}")
 
     if "config" in given or "data" not in given:
         given = read_options(Path(given.get("config", TOY))) | given
     model = given.get("model", Config.model)
     trained = Path(f"{model}/observe_r1.json")
     if trained.exists():  # what shaped the prompts of its training
-        given = read_json(trained) | given
-        say(f"{trained} says how the model was prompted; options that are given win")
+        brought = read_json(trained)
+        say(f"{trained}: {brought}, where no option says otherwise")
+        given = brought | given
     config = Config(**{"output_dir": f"runs/{command}", **given})
     check_config(config)
     return command, config
