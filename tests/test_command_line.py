@@ -78,7 +78,7 @@ def test_options_win_over_the_file_over_the_model_over_defaults(tmp_path, capsys
     assert (config.seed, config.min_pixels, config.max_pixels) == (9, 960, 2000)
     assert (config.observe, config.system_prompt) == (False, "Look.")
     screen = capsys.readouterr().out
-    assert f"{tmp_path}/observe_r1.json says how the model was prompted" in screen
+    assert f"{tmp_path}/observe_r1.json: {" in screen
     assert parse_arguments([*words, "--observe", "true"])[1].observe
     assert parse_arguments(["--data", "x"])[1].max_pixels == Config.max_pixels
 
@@ -151,12 +151,12 @@ def test_files_of_options_that_are_none(content, tmp_path):
         (["--prompts=3"], "--prompts_per_step"),
         (["tran"], "'train'"),
         (["eval", "--learning_rat", "1"], "--learning_rate"),
-        (["train", "ladder"], "ladder?"),
-        (["--seed", "1", "2"], "2?"),
+        (["train", "ladder"], "ladder is"),
+        (["--seed", "1", "2"], "2 is"),
     ],
 )
 def test_mistyped_words_are_answered_with_the_nearest(words, nearest):
-    with pytest.raises(ValueError, match=r"\? Perhaps \[.*train \| ladder \| eval") as error:
+    with pytest.raises(ValueError, match=r"is unknown; the nearest are \[.*train \| ladder \| eval") as error:
         parse_arguments(words)
     assert nearest in str(error.value)
 
