@@ -184,8 +184,7 @@ def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path
     seen = walk(0, data=write_parquet(tmp_path / "mine.parquet", [row]), max_new_tokens=2)
     assert "<script>" not in seen.page and "&lt;script&gt;alert(1)" in seen.page
     assert "\x1b" not in seen.text and r"\x1b[31m" in seen.text
-    assert "row 0 of mine.parquet" in seen.text and "gold '<u>7</u>'" in seen.text
-    assert seen.text.count("2 cut") >= 8
+    assert "gold '<u>7</u>'" in seen.text
     assert all(walkthrough.NOT_TAUGHT[:40] in part(seen.text, number) for number in (6, 7, 8, 9))
 
 
