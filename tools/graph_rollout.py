@@ -34,9 +34,9 @@ class GraphLayer(observe_r1.FixedLayer):
         self.decoder = decoder
 
     def update(self, keys, values, *args, **kwargs):
-        pair = torch.stack((keys, values)).to(self.buffer.dtype)  # [2,N,heads,1,size]
-        self.buffer.index_copy_(3, self.decoder.place, pair)
-        return self.buffer[..., : self.decoder.window, :]
+        both = torch.stack((keys, values), 1).to(self.buffer.dtype)  # [N,2,heads,1,size]
+        self.buffer.index_copy_(3, self.decoder.place, both)
+        return self.buffer[..., : self.decoder.window, :].unbind(1)
 
 
 class GraphDecoder:

@@ -1,7 +1,7 @@
 """Rollouts by vLLM instead of the script's own sampling: train with a faster engine.
 
     pip install vllm
-    python tools/vllm_rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
+    python tools/vllm_rollout.py train --model Qwen/Qwen2.5-VL-3B-Instruct --data ladder.parquet
 
 takes the options of `observe_r1.py train`, and --gpu_memory_utilization, the share of a card's
 memory for the engine's own copy of the weights and its cache (0.3). One process trains and samples
@@ -50,7 +50,7 @@ def start_engine(model, min_pixels, max_pixels, share=0.3):
 
 
 def pack_head(copy):
-    """Renew the packed weights of the engine's output layer.
+    """Renew the packed weights of the engine's output layer; does nothing on a card.
 
     On a CPU it would keep those of the start if it shares them with the embedding, as the 3B does.
     """
@@ -78,6 +78,9 @@ def vllm_rollout(model, processor, problems, config, share=0.3):
         raise ValueError("--lora_rank: the engine cannot be given adapters")
     if observe_r1.WORLD > 1:
         raise ValueError("the engine works in one process alone, not under torchrun")
+    for problem in problems:
+        if len(problem["images"]) > MOST_PICTURES:
+            raise ValueError(f"row {problem['row']} has more than {MOST_PICTURES} pictures")
     engine = start_engine(config.model, config.min_pixels, config.max_pixels, share)
     import vllm
 
@@ -122,7 +125,11 @@ def main():
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.3)
     own, words = parser.parse_known_args()
     try:
-        _, config = observe_r1.parse_arguments(["train", *words])
+        command, config = observe_r1.parse_arguments(words)
+        if command != "train":
+            raise ValueError(
+                f"{command} has the script's own sampler alone: observe_r1.py {command}"
+            )
         share = own.gpu_memory_utilization
         start_engine(config.model, config.min_pixels, config.max_pixels, share)  # room for it
         observe_r1.train(config, functools.partial(vllm_rollout, share=share))
