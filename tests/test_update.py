@@ -194,11 +194,11 @@ def test_chunks_of_the_vocabulary_are_exact(n, dtype, tolerance):
     random = torch.Generator().manual_seed(n)
     hidden, head = (torch.randn(size, 64, generator=random).requires_grad_() for size in (n, 500))
     targets = torch.randint(3, 500, (n,), generator=random)
-    kept, rough = [], hidden.to(dtype)
+    kept, rough, words = [], hidden.to(dtype), head.to(dtype)
     with saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        found = token_log_probs(rough, targets, head, [1, 2], 0.7, chunk=20)
+        found = token_log_probs(rough, targets, words, [1, 2], 0.7, chunk=20)
     assert n <= 20 or max(kept) <= 64 * n
-    logits = rough.double() @ head.double().T  # the largest are 20 to 30
+    logits = rough.double() @ words.double().T  # the largest are 20 to 30
     logits[:, [1, 2]] = -torch.inf
     expected = chosen(logits, targets, 0.7)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
