@@ -107,7 +107,6 @@ def test_packed_groups_are_exact(toy_model, model, rollouts, config, slow, tempe
     found = response_log_probs(model, rollouts, config)
     assert (found - expected).abs().max() <= 1e-5 / min(1, temperature)
     gradients, exact = gradients_of(model, found), gradients_of(twin, expected)
-    assert gradients.keys() == exact.keys()
     for name, gradient in exact.items():  # of the bias of keys it is 0, but for rounding
         error = (gradients[name] - gradient).norm()
         assert error <= 1e-4 * gradient.norm() or gradient.norm() < 1e-4, name
@@ -299,9 +298,9 @@ def make_state(model, config, reference=None, optimizer=torch.optim.SGD, num_upd
 
 @pytest.fixture
 def advantages():
-    """Of five groups, the second of which is skipped."""
+    """Of five groups, the second of which is skipped, and not the fourth, with a single 0."""
     values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    values[1] = 0
+    values[1] = values[3, 0] = 0
     return values
 
 
@@ -366,7 +365,6 @@ def test_what_gives_no_finite_gradient_moves_nothing(model, rollouts, config, ad
     for value in (math.nan, math.inf):
         advantages[0, 0] = value
         metrics = update(state, rollouts, advantages[:2], config)
-        assert not math.isfinite(metrics["grad_norm"])
     assert state.skipped == [6, 9] and metrics["skipped_updates"] == 2
     assert all(torch.equal(*pair) for pair in zip(before, snapshot(state)))
     advantages[0, 0] = 1
