@@ -116,7 +116,8 @@ def slow_cost(log_probs, old, ref, advantage, clip_range, kl_coef):
         cost = cost - torch.minimum(ratio * advantage, bounded * advantage) + kl_coef * kl
         kl_sum = kl_sum + kl
         clipped = clipped + (bounded * advantage < ratio * advantage)
-    return cost / len(log_probs), kl_sum / len(log_probs), clipped / len(log_probs)
+    n = max(1, len(log_probs))
+    return cost / n, kl_sum / n, clipped / n
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -124,7 +125,7 @@ def test_grpo_loss_equals_the_slow_version(seed):
     """Values and gradients; in the padding stands what no arithmetic survives."""
     generator = torch.Generator().manual_seed(seed)
     N, T = 1 + seed % 8, 9
-    lengths = torch.randint(1, T + 1, (N,), generator=generator)
+    lengths = torch.randint(0, T + 1, (N,), generator=generator)
     mask = torch.arange(T) < lengths[:, None]
     log_probs, old, ref = -2 * torch.rand(3, N, T, generator=generator, dtype=torch.float64)
     advantages = torch.randn(N, generator=generator, dtype=torch.float64)
