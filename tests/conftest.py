@@ -35,6 +35,8 @@ OUTDATED = r"(?s).*(transformers|torch|datasets|past_key_values|_enable|deprecat
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out unless `-m slow` asks for it")
+    # The script's `main` silences it, too: one process needs no process group.
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
     for category in ("FutureWarning", "DeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error:{OUTDATED}:{category}")
 
