@@ -863,14 +863,16 @@ def start(config):
     output, options = Path(config.output_dir), asdict(config)
     for name in ("resume", "overwrite", "config"):  # these belong to one start alone
         del options[name]
-    content = b"".join(Path(file).read_bytes() for file in (config.data, config.eval_data) if file)
-    options["content"] = hashlib.sha256(content).hexdigest()  # of the problems
-    taken = {path.name for path in output.glob("*")} - {"data"}
+    options["content"] = []  # of the problems
+    for file in filter(None, (config.data, config.eval_data)):
+        with open(file, "rb") as opened:
+            options["content"].append(hashlib.file_digest(opened, "sha256").hexdigest())
+    taken = {path.name for path in output.glob("*")} - {"data", "config.json"}
     if taken and not config.resume and not config.overwrite:
         raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if config.resume:
         before = read_json(output / "config.json")
-        changed = dict(options.items() - before.items()).keys() - MAY_CHANGE
+        changed = {name for name in options if options[name] != before.get(name)} - MAY_CHANGE
         if changed:
             raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
     if WORLD > 1:  # processes may end a long rollout hours apart
@@ -917,13 +919,17 @@ def add_adapters(model, config):
 def prepare(config, rollout):
     """Everything that training needs; says what is going to happen."""
     run = start(config)
-    _, _, problems, _ = run
+    _, _, problems, held_out = run
     steps = training_steps(problems, config)
     updates = sum(math.ceil(len(step) / config.minibatch_prompts) for step in steps)
     if len(steps[-1]) < WORLD:
         raise ValueError(f"a step of {len(steps[-1])} problems for {WORLD} processes")
     if dead := [gold for gold in problems["answer"] if not rewards.answers_match(gold, gold)]:
         say(f"warning: {len(dead)} answers can never be matched, for example {dead[0]!r}")
+    if held_out and (common := contents(held_out) & contents(problems)):
+        say(f"warning: {len(common)} held-out problems are training problems as well")
+    if config.bonus and config.min_length >= config.max_new_tokens:
+        say("warning: with --min_length >= --max_new_tokens, no response can get the bonus")
 
     set_seed(config.seed)  # adapters start at random
     model = load_model(config, DTYPE if config.lora_rank else torch.float32, HOME)
@@ -1039,7 +1045,7 @@ def load_problems(file, processor, config):
     for row in range(RANK, len(problems), WORLD):
         try:
             check_problem(problems[row], processor, config)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, Image.DecompressionBombError) as error:
             faults.append(f"row {row}: {error}")
     faults = gather_lists(faults)
     if faults or not len(problems):
@@ -1050,6 +1056,8 @@ def load_problems(file, processor, config):
 def check_problem(problem, processor, config):
     """ValueError for a problem that would train silently wrong; no picture is decoded."""
     question, pictures = problem["question"], problem["images"]
+    if pictures is None or any(problem.get(name, 0) is None for name in LADDER):
+        raise ValueError("the list of pictures or a score of the ladder is null")
     if not all((problem[name] or "").strip() for name in ("question", "answer")):
         raise ValueError("the question or the answer is empty")
     if question.count(MARK) not in (0, len(pictures)):
@@ -1060,7 +1068,7 @@ def check_problem(problem, processor, config):
         raise ValueError(f"the question holds the control tokens {found}")
     text = prompt_text(chat_messages(problem, config), processor)
     if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
-        raise ValueError(f"the model's chat template begins the response: take {opened[0]} out")
+        raise ValueError(f"the chat template begins the response: take <{opened[1]}> out of it")
     length = len(tokenizer(text)["input_ids"])
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     for stored in pictures:  # the text holds one token for each
@@ -1087,6 +1095,11 @@ def read_problems(problems, rows):
             raise ValueError(f"row {row}: a picture cannot be decoded: {error}") from error
         read.append(problem)
     return read
+
+
+def contents(problems):
+    """Question and pictures of each problem, the pictures by their hash."""
+    return {(row["question"], *(hash(x["bytes"]) for x in row["images"])) for row in problems}
 
 
 # --------------------------------------------------------------------------- devices and processes

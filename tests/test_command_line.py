@@ -156,7 +156,9 @@ def test_files_of_options_that_are_none(content, tmp_path):
     ],
 )
 def test_mistyped_words_are_answered_with_the_nearest(words, nearest):
-    with pytest.raises(ValueError, match=r"is unknown; the nearest are \[.*train \| ladder \| eval") as error:
+    with pytest.raises(
+        ValueError, match=r"is unknown; the nearest are \[.*train \| ladder \| eval"
+    ) as error:
         parse_arguments(words)
     assert nearest in str(error.value)
 
@@ -354,3 +356,15 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "runs/toy/summary.json").read_text())
     assert summary["accuracy_after"] - summary["accuracy_before"] > 0.3
+
+
+def test_what_can_teach_nothing_or_measure_nothing_is_said(tmp_path, capsys):
+    rows = toy_rows("ladder", range(0, 960, 200))
+    data = write_parquet(tmp_path / "data.parquet", rows)
+    held_out = write_parquet(tmp_path / "held_out.parquet", rows[:2])
+    options = {"eval_data": held_out, "min_length": 128, "gradient_checkpointing": False}
+    config = run_config(data, tmp_path / "run", num_samples=1, **options)
+    observe_r1.prepare(config, observe_r1.rollout)
+    screen = capsys.readouterr().out
+    assert "2 held-out problems are training problems as well" in screen
+    assert "no response can get the bonus" in screen

@@ -106,6 +106,7 @@ def test_a_file_without_rows_is_refused(tmp_path, processor):
         ({"answer": " "}, "the question or the answer is empty"),
         ({"answer": None}, "the question or the answer is empty"),
         ({"question": ""}, "the question or the answer is empty"),
+        ({"images": None}, "the list of pictures or a score of the ladder is null"),
         ({"question": "<image> and <image>?"}, "2 marks <image> for 1 pictures"),
         ({"question": "<image>?", "images": []}, "1 marks <image> for 0 pictures"),
         ({"question": "<image>?", "images": [picture()] * 2}, "1 marks <image> for 2 pictures"),
@@ -127,6 +128,14 @@ def test_a_row_that_would_train_wrong_is_named(changes, why, load):
     first, line = str(error.value).splitlines()
     assert first.endswith("raw.parquet: 1 unusable rows") and why in line
     assert line.startswith("  row 1: ")
+
+
+def test_a_missing_score_and_an_enormous_picture_are_named(load, monkeypatch):
+    with pytest.raises(ValueError, match="row 1: .* a score of the ladder is null"):
+        load([{**GOOD, "difficulty": 0.5}, {**GOOD, "difficulty": None}])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="row 0: Image size .* exceeds limit"):
+        load([GOOD])
 
 
 def test_all_bad_rows_are_named_together(load):
@@ -196,7 +205,7 @@ def test_a_template_that_begins_the_response_is_refused(processor, config):
         prefilled.chat_template = re.sub(
             r"assistant\n\{% endif %\}", lambda _, end=end: end, processor.chat_template
         )
-        with pytest.raises(ValueError, match=f"begins the response: take {tag}"):
+        with pytest.raises(ValueError, match=f"begins the response: take {tag.strip()} out of it$"):
             check_problem(GOOD, prefilled, config)
 
 
