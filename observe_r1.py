@@ -15,7 +15,7 @@ The method stands in the order of a run: problems, ladder, rollout, rewards, adv
 log-probabilities, loss, training. What surrounds it follows below one divider. Where this script
 differs from the paper's released code:
 1. The KL penalty is part of the loss, not of the reward. A group whose advantages are all zero is
-   skipped, its KL included: it moves nothing.
+   skipped, its KL included.
 2. The loss is a mean over each response's tokens, then over responses. How the responses are
    split into backward passes changes memory, never the result.
 3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once.
@@ -89,7 +89,7 @@ class Config:
     config: str = ""  # JSON file of options; those of the command line win
     seed: int = 0  # seed of the order and of sampling, at least 0
 
-    shuffle: bool = False  # problems in random order instead of the ladder's, which is the file's
+    shuffle: bool = False  # problems in random order instead of the file's, which is the ladder's
     max_steps: int = 0  # thin the ladder evenly to so many steps (0: all of it), at least 0
     prompts_per_step: int = 128  # prompts of a step, at least 1
     num_generations: int = 8  # G, the responses sampled for each prompt, at least 2
@@ -154,7 +154,7 @@ def chat_messages(problem, config):
 
 
 def prompt_text(messages, processor):
-    """What the model reads, in its own layout; each picture is one token yet."""
+    """What the model reads, in its own layout; each picture is one token so far."""
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -185,9 +185,9 @@ def mix_ladder(difficulty, complexity, seed=0):
     seven levels of equal width, for 8 responses 1/8, 2/8, ... 7/8. Within a level, problems with
     short responses come first, because they take less reasoning.
 
-    The sizes of the stages are those of their levels, corrected as in the paper where a level is as
-    large as there. The shares of the paper's figure are then scaled, by stages and by levels in
-    turn, until each stage is full and each level used up, which works for any mixture of levels.
+    A stage is as large as its level plus the paper's difference between the two, scaled down where
+    the level is rarer than in the paper. The shares of the paper's figure are then scaled, by
+    stages and by levels in turn, until each stage is full and each level used up.
     """
     # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
     # then how many of 1,000 problems are of that level, and how many in that stage.
@@ -205,7 +205,9 @@ def mix_ladder(difficulty, complexity, seed=0):
     share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
 
     difficulty = np.asarray(difficulty, dtype=float)
-    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(int)  # 7 * (1 - 6/7) < 1
+    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(
+        int
+    )  # 7 * (1 - 6/7) is below 1
     level_size, n = np.bincount(level, minlength=9), len(level)
     correction = np.minimum(n, level_size / paper_level)
     stage_size = level_size + (paper_stage - paper_level) * correction
@@ -213,8 +215,8 @@ def mix_ladder(difficulty, complexity, seed=0):
         share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
         share *= level_size / share.sum(0).clip(1e-12)
 
-    # In small or odd mixtures a stage might turn out easier than the one before, or vanish. Then
-    # all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
+    # In small or odd mixtures a stage might vanish, swell, or turn out easier than the one before.
+    # Then all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
     for own in np.linspace(0, 1, 21):
         mixed = (1 - own) * share + own * np.diag(level_size)
         ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
@@ -228,8 +230,8 @@ def mix_ladder(difficulty, complexity, seed=0):
             break
 
     # Each level is cut into its parts for the nine stages, and each part spread evenly over its
-    # stage, every problem a little to the right by chance: exactly even places would beat against
-    # the even stride with which --max_steps thins the ladder.
+    # stage, every problem a little to the right by chance: exactly even places could line up with
+    # the even stride with which --max_steps thins the ladder, which would then miss some levels.
     by_length = np.lexsort((complexity, level))  # level by level, in each the short ones first
     parts = counts.T.flatten()
     stage = np.tile(np.arange(9), 9).repeat(parts)
@@ -339,9 +341,9 @@ def model_inputs(model, prompt):
 def read_prompts(model, prompts, config):
     """The forward pass over each prompt alone, repeated for its G responses: N rows.
 
-    Returns the hidden state that predicts the first response token [N,H], the position of the last
-    prompt token [N], and padded on the left what attention adds to its scores [N,1,1,P+T] (0, or
-    minus infinity for padding) and the cache.
+    Returns the hidden state that predicts the first response token [N,H]; the position of the last
+    prompt token [N]; what attention adds to its scores [N,1,1,P+T], which is minus infinity for the
+    padding on the left of shorter prompts, else 0; and the cache of keys and values.
     """
     P, T = max(prompt["input_ids"].shape[1] for prompt in prompts), config.max_new_tokens
     rows = []
@@ -398,7 +400,9 @@ def sample(model, prompts, stop, config):
         position = position + 1
         hidden = decoder(
             inputs_embeds=decoder.embed_tokens(token[:, None]),
-            attention_mask={"full_attention": mask[..., : P + t + 1]},  # not built for each token
+            attention_mask={
+                "full_attention": mask[..., : P + t + 1]
+            },  # ready: not built for each token
             position_ids=position.expand(3, -1)[..., None],
             cache=cache,
         ).last_hidden_state[:, -1]
@@ -439,10 +443,10 @@ def rollout(model, processor, problems, config) -> Rollouts:
 # the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
 #
-# What std and weight do together: rewards of 0 and 1 have std = sqrt(p (1 - p)), so that dividing
-# by it alone would give a group with one success among eight advantages as large as any, and that
-# success an advantage of 2.5. The weight takes the square of what std gives: it is largest where
-# half is right, and damps the groups in which luck or a wrong gold decides.
+# What std and weight do together: for rewards of 0 and 1 the std is about sqrt(p (1 - p)). Divided
+# by it, all groups have advantages of the same size (in root mean square), so that one success
+# among eight gets 2.5. The weight is 4 sigma std squared, so that 4 sigma std remains: most where
+# half is right, and little where luck or a wrong gold decides.
 
 
 def score_rollouts(rollouts, problems, config):
@@ -576,8 +580,9 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # -------------------------------------------------------------------------------------------- loss
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
 # d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
-# 1: this is the policy gradient, which makes the tokens of good responses likelier and those of bad
-# ones less likely. Clipping the ratio ends the push once a token has moved by 20 % in the direction
+# 1: this is the policy gradient. It makes the tokens of good responses likelier and those of bad
+# ones less likely, and its mean over responses that the policy samples is the direction in which
+# the expected reward rises fastest. Clipping the ratio ends the push once a token has moved by 20 % in the direction
 # that its advantage asks for. The KL penalty keeps the policy near the model it started from.
 
 
@@ -598,7 +603,7 @@ def grpo_loss(
     (default N). ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
-    log p: never negative, of low variance, unbiased for tokens that the policy itself sampled (k3
+    log p: never negative, of low variance, its value unbiased for tokens that the policy sampled (k3
     in joschu.net/blog/kl-approx.html).
     """
     mask = mask.bool()
@@ -628,7 +633,7 @@ def grpo_loss(
 # ---------------------------------------------------------------------------------------- training
 # A step samples, scores, weighs, compares and updates, on the next problems of the ladder. Groups
 # whose advantages are all 0 are not passed through the model, but stay in the denominator of the
-# loss: the fewer groups are left, the smaller the gradient.
+# loss: the fewer groups are left, the smaller the gradient (AdamW evens some of that out).
 
 
 def train(config, rollout=rollout):
@@ -649,17 +654,18 @@ def update(state, rollouts, advantages, config):
     """Take an optimiser step for each mini-batch of whole groups of a rollout. Returns metrics."""
     policy, mask = state.policy, rollouts.mask
     advantages = advantages.to(mask.device)
-    trained = [b for b, group in enumerate(advantages) if group.any()]  # the others move nothing
+    trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
     # Not the sampler's own numbers: those round otherwise, and a ratio must start at 1.
     old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
-    reference = old
+    reference = old  # without a KL penalty it counts for nothing
     if config.kl_coef:
         with reference_policy(state) as fixed:
             reference = fixed_log_probs(fixed, rollouts, trained, config)  # [B,G,T]
 
     policy.train()
-    sums, norms, first_update = np.zeros(4), [], state.updates  # sums of loss, N, N kl, N clipped
+    sums = np.zeros(4)  # of loss, responses, KL and clipped share, over all passes
+    norms, first_update = [], state.updates
     for num_groups, passes in minibatches(rollouts, trained, config):
         for b, part in passes:
             log_probs = policy(rollouts, b, part, config.temperature)  # [N,T]
@@ -1005,6 +1011,8 @@ def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
 
 def finish_run(state, config, rollout):
     """Save the model, measure it, write the summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # no step is left that could be finished
+        signal.signal(number, signal.default_int_handler)
     save_final(state, config)
     summary = {"steps": state.step, "skipped_updates": len(state.skipped)}
     for when, step in (("before", 0), ("after", state.step)):
