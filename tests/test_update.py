@@ -283,15 +283,15 @@ def test_a_large_picture_takes_few_calls_a_layer(monkeypatch):
 # ------------------------------------------------------------------------------------------ update
 
 
-def make_state(model, config, reference=None, optimizer=torch.optim.SGD, num_updates=3):
-    """What `update` needs of a run; plain descent moves weights by the gradient itself."""
+def make_state(model, config, reference=None, optimizer=torch.optim.SGD, num_updates=4):
+    """What `update` needs of a run after its first update; plain descent shows the gradient."""
     return SimpleNamespace(
         policy=Policy(model),
         reference=reference and Policy(reference),
         adapters=None,
         optimizer=optimizer(model.parameters(), config.learning_rate),
         num_updates=num_updates,
-        updates=0,
+        updates=1,
         skipped=[],
     )
 
@@ -320,7 +320,7 @@ def test_update_does_not_depend_on_the_token_budget(toy_model, rollouts, config,
             for policy in (slow, reference)
         )
     updates = []
-    for rate, size, groups in ((0.02, 2, [0]), (0.04, 2, [2, 3]), (0.004, 1, [4])):
+    for rate, size, groups in ((0.04, 2, [0]), (0.022, 2, [2, 3]), (0.004, 1, [4])):
         loss = 0
         for b in groups:
             now = slow_log_probs(slow, rollouts, config, b)
@@ -335,7 +335,7 @@ def test_update_does_not_depend_on_the_token_budget(toy_model, rollouts, config,
         updates.append((loss.item(), norm.item()))
     expected = dict(zip(("kl", "clip_fraction"), np.mean(numbers, 0)))
     expected |= dict(zip(("loss", "grad_norm"), np.mean(updates, 0)))
-    expected |= {"learning_rate": 0.004, "optimizer_step": 3, "skipped_updates": 0}
+    expected |= {"learning_rate": 0.004, "optimizer_step": 4, "skipped_updates": 0}
     assert max(updates)[1] > 3 and expected["clip_fraction"] > 0 and len(numbers) == 16
 
     for budget, passes in ((10**6, 4), (90, 8), (1, 16)):
@@ -344,6 +344,7 @@ def test_update_does_not_depend_on_the_token_budget(toy_model, rollouts, config,
         learner = copy.deepcopy(toy_model)
         metrics = update(make_state(learner, config, reference), rollouts, advantages, config)
         assert metrics == pytest.approx(expected, rel=2e-3, abs=1e-5)
+        assert learner.training
         for (name, p), other in zip(learner.named_parameters(), slow.parameters()):
             torch.testing.assert_close(p, other, atol=2e-5, rtol=1e-3, msg=name)
 
@@ -361,14 +362,15 @@ def test_what_gives_no_finite_gradient_moves_nothing(model, rollouts, config, ad
     update(state, rollouts, advantages, config)
     before = snapshot(state)
     metrics = update(state, rollouts, 0 * advantages, config)
-    assert math.isnan(metrics["grad_norm"]) and metrics["loss"] == 0 and state.updates == 6
+    assert math.isnan(metrics["grad_norm"]) and metrics["loss"] == 0 and state.updates == 7
     for value in (math.nan, math.inf):
         advantages[0, 0] = value
         metrics = update(state, rollouts, advantages[:2], config)
-    assert state.skipped == [6, 9] and metrics["skipped_updates"] == 2
+    assert state.skipped == [7, 10] and metrics["skipped_updates"] == 2
     assert all(torch.equal(*pair) for pair in zip(before, snapshot(state)))
     advantages[0, 0] = 1
-    assert math.isfinite(update(state, rollouts, advantages, config)["grad_norm"])
+    metrics = update(state, rollouts, advantages, replace(config, kl_coef=0.0))
+    assert math.isfinite(metrics["grad_norm"]) and math.isnan(metrics["kl"])
     assert not torch.equal(before[0], snapshot(state)[0])
 
 
@@ -386,7 +388,5 @@ def test_mini_batches_are_of_even_size():
 
 
 def test_the_optimizer_is_that_of_the_paper(model):
-    model.model.visual.requires_grad_(False)
     (group,) = observe_r1.make_optimizer(model, Config()).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.95), 0)
-    assert len(group["params"]) == len(list(model.model.language_model.parameters()))
