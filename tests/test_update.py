@@ -233,7 +233,7 @@ def test_one_long_response_does_not_split_a_group():
     lengths = torch.tensor([[8192, *[200] * 7]])
     mask = torch.arange(8192) < lengths[..., None]
     prompts = [{"input_ids": torch.zeros(1, 1000)}]
-    assert len(plan_passes(Rollouts(prompts, mask, mask, []), [0], Config())) == 1
+    assert len(plan_passes(Rollouts(prompts, mask, mask, []), [0], Config(token_budget=10592))) == 1
 
 
 # -------------------------------------------------------------------------------- the vision tower
