@@ -43,7 +43,7 @@ def test_the_graph_sampler_writes_the_tokens_of_the_script(
     inputs = (model, processor, problems, config)
     ours = sampled(observe_r1.rollout, *inputs)
     assert_same(ours, sampled(graph_rollout.graph_rollout, *inputs))
-    assert_same(ours, sampled(observe_r1.rollout, *inputs))  # the model is as it was
+    assert "forward" not in vars(model.model.language_model)  # as it was
 
 
 def test_what_a_graph_reads_stays_where_it_is(model, processor, problems, config, monkeypatch):
@@ -101,11 +101,16 @@ def test_the_engine_gives_the_rollouts_of_the_script(engine, model, processor, p
         "generate",
     ]
     weights = engine.collective_rpc.call_args.kwargs["kwargs"]["weights_iterator"]
-    assert dict(weights).keys() == dict(model.named_parameters()).keys()
-    _, settings = engine.generate.call_args.args
-    assert settings["n"] == config.num_generations and "seed" not in settings
-    assert settings["stop_token_ids"] == model.generation_config.eos_token_id
-    assert set(settings["logit_bias"]) == set(observe_r1.vision_tokens(model))
+    assert len([*weights]) == len([*model.parameters()])
+    assert engine.generate.call_args.args[1] == {
+        "n": 4,
+        "temperature": 1.0,
+        "max_tokens": 48,
+        "ignore_eos": True,
+        "stop_token_ids": [2, 0],
+        "logit_bias": dict.fromkeys(observe_r1.vision_tokens(model), -100),
+        "detokenize": False,
+    }
 
 
 def test_what_cannot_be_done_is_refused(model, processor, problems, config, monkeypatch):
@@ -148,7 +153,7 @@ def test_the_real_engine_trains_the_toy(tmp_path):
     pytest.importorskip("vllm")
     words = (vllm_rollout.__file__, "--max_steps=20", "--eval_steps=0")
     run = run_python(*words, cwd=tmp_path, timeout=900)
-    assert run.returncode == 0, run.stderr
+    assert not run.returncode, run.stderr
     summary = json.loads((tmp_path / "runs/toy/summary.json").read_text())
-    # The script's own sampler: XXX.
-    assert summary["accuracy_after"] > 0.75
+    # The script's own sampler: .80 to .83 with three seeds, from .40 to .43; vllm: .82, .84.
+    assert summary["accuracy_after"] > 0.78
