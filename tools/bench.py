@@ -204,12 +204,15 @@ def passes(policy, rollouts, around=nullcontext):
     return log_probs.detach()
 
 
+LENGTHS = ((80, 48), (1024, 256), (136, 512))  # prompt and response of `update`, in tokens
+
+
 def update(options):
     """A group against the slow form, which must give the same log-probabilities in fp32."""
     header("forward and backward pass of a group, G = 8", "dense mask, window by window takes")
     model, processor = load(options)
     policy = observe_r1.Policy(model.train())
-    for P, T in ((80, 48), (1024, 256), (136, 512)):
+    for P, T in LENGTHS:
         rollouts = forced_rollouts(processor, P, T)
         ours = partial(passes, policy, rollouts)
         slow = partial(ours, around=as_before)
@@ -310,7 +313,7 @@ def prepared(options, config, device=DEVICE):
         return module
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(observe_r1, "load_model", load_model))
+        stack.enter_context(patch.multiple(observe_r1, load_model=load_model, say=str))
         if device == "fake":
             stack.enter_context(FAKE)
             stack.enter_context(patch.object(torch.nn.Module, "to", to))
@@ -356,7 +359,7 @@ class Counter(TorchDispatchMode):
         self.move(*tree_leaves(result))
         if function not in (aten.embedding.default, aten.index.Tensor):  # they read a few rows
             self.move(*tree_leaves((arguments, how)))
-        for tensor in tree_leaves(result):
+        for tensor in tree_leaves(result) if not any(returned) else ():  # not what was changed
             self.hold(tensor)
         return result
 

@@ -9,14 +9,11 @@
 # for all that the machine lacks: transformers, qwen-vl-utils, datasets, peft, pytest and what they
 # need. Leave it out, or empty (""), where all is installed. OUTPUT (default runs/gpu_check) gets
 # results.json and a log of each part. A part that fails or takes too long does not stop the others.
-# Without a card everything runs on the CPU, at small shapes, as a test of this script.
-# BANDWIDTH and FLOPS are the limits of the card; the defaults are those of an H100.
+# Without a card everything runs on the CPU, with the toy, as a test of this script.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels=${1:-}
 output=${2:-runs/gpu_check}
-bandwidth=${BANDWIDTH:-3.35e12} # bytes/s
-flops=${FLOPS:-989e12}          # in bf16
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$output"
 rm -f "$output"/*.log "$output"/*.json "$output"/*.jsonl
@@ -41,23 +38,19 @@ if [ -n "$wheels" ]; then
 fi
 
 if python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    shapes=(--model 3b)
-    speed=(--tokens 256 --picture 1024 --repeats 2)
+    rollout=(--model 3b --pictures 1024 --tokens 256 --repeats 2)
+    step=(--model 3b --pictures 1024 --tokens 256 --prompts 2)
 else
     patience=8
-    shapes=(--model small --layers 2)
-    speed=(--tokens 8 --picture 64 --repeats 1 --batches 8)
+    rollout=(--pictures 16 --tokens 8 --repeats 1 --prompts 2)
+    step=(--pictures 16 --tokens 8 --prompts 2)
 fi
-bench=(python tools/bench.py)
-one_process=(python -m torch.distributed.run --standalone --nproc_per_node 1 tools/bench.py)
-lengths=("${speed[@]:0:4}")
 
 part tests 150 python -m pytest -q -p no:cacheprovider tests/test_gpu.py
-part speed 150 "${bench[@]}" gpu "${shapes[@]}" "${speed[@]}" \
-    --bandwidth "$bandwidth" --flops "$flops"
-part lora 50 "${bench[@]}" step --kind lora "${shapes[@]}" "${lengths[@]}"
-part offload 75 "${one_process[@]}" step --kind offload "${shapes[@]}" "${lengths[@]}"
-part full 45 "${bench[@]}" step --kind full "${shapes[@]}" "${lengths[@]}"
+part rollout 110 python tools/bench.py rollout "${rollout[@]}"
+part update 90 python tools/bench.py update "${rollout[@]}"
+part lora 50 python tools/bench.py step --lora_rank 64 "${step[@]}"
+part full 60 python tools/bench.py step "${step[@]}"
 
 python - "$output" <<'END'
 import json
