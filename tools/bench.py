@@ -426,8 +426,9 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
 
     def __init__(self, buffer, length):
         super().__init__()
-        self.lazy_initialization(*buffer)
-        self.keys, self.values = buffer[..., :length, :]
+        keys, values = buffer[..., :length, :].unbind(1)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
 
     def update(self, keys, values, *_, **__):
         return super().update(keys.to(values.dtype), values)

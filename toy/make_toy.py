@@ -41,7 +41,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from observe_r1 import KNOWN, PROMPTS, Config, evaluate, load_problems, mix_ladder, score_problems
+from observe_r1 import COLUMNS, PROMPTS, Config, evaluate, load_problems, mix_ladder, score_problems
 
 HERE = Path(__file__).resolve().parent
 QUESTION = "What is the sum of the digits?"
@@ -293,7 +293,7 @@ def make_problems(images, labels, count, name, rng):
 
 
 def write_problems(problems, file):
-    features = {name: kind for name, kind in KNOWN.items() if name in problems[0]}
+    features = {name: kind for name, kind in COLUMNS.items() if name in problems[0]}
     rows = [{name: problem[name] for name in features} for problem in problems]
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
 
