@@ -223,15 +223,16 @@ def update(options):
 
 
 def answers(options):
-    """Our rules and others' on toy/answers.jsonl and tests/answer_faults.jsonl, a row each."""
+    """Our rules and others' on three files of pairs, a row each."""
     import math_verify
 
-    root = HERE.parent
-    faults = [json.loads(line) for line in (root / "tests" / "answer_faults.jsonl").open()]
-    toys = [json.loads(line) for line in (root / "toy" / "answers.jsonl").open()]
-    toys = [pair for pair in toys if not pair.get("debatable")]
-    for pair in toys:
-        pair["answer"] = rewards.extract_answer(pair["response"])
+    sources = {}
+    for source in ("toy/answers.jsonl", "tests/answer_faults.jsonl", "tests/answer_faults_3.jsonl"):
+        pairs = [json.loads(line) for line in (HERE.parent / source).open()]
+        sources[source] = [pair for pair in pairs if not pair.get("debatable")]
+        for pair in sources[source]:
+            if "response" in pair:
+                pair["answer"] = rewards.extract_answer(pair["response"])
 
     def verify(answer, gold):
         # Its own time limit is 5 s a step; 1 s here, or prose would hold up the table.
@@ -247,7 +248,7 @@ def answers(options):
 
         checkers["TRL's accuracy_reward"] = of_trl
     header("pairs", "checker", "right", "wrongly accepted", "wrongly rejected", "median")
-    for source, pairs in (("toy/answers.jsonl", toys), ("tests/answer_faults.jsonl", faults)):
+    for source, pairs in sources.items():
         for name, check in checkers.items():
             verdicts, times = [], []
             for pair in pairs:
