@@ -81,7 +81,7 @@ def test_activations_and_cache_by_hand(config, model):
 
     whole = memory.estimate_memory(replace(config, gradient_checkpointing=False), 1000)
     text, tower = tokens * (32 * HIDDEN + 8 * INTERMEDIATE), 4000 * (32 * 1280 + 8 * 3420)
-    logits = 16 * 512 * 151936 + 12 * HEAD  # and the head's gradient
+    logits = 16 * 512 * 151936 + 8 * HEAD  # and the head's gradient
     assert whole["activations"] == LAYERS * text + 32 * tower + casts + logits
 
 

@@ -445,6 +445,12 @@ def count_decoding(model, prompts, rows, form):
     return counter.asked[2] - counter.asked[1]  # it asks once a token how many go on
 
 
+def count_calls(model, work, form):
+    with Counter().counting() as counter, form(model.train()):
+        work()
+    return counter.numbers
+
+
 def count(options):
     """Before and after packed_attention, window_attention and FixedLayer, at real shapes."""
     processor = transformers.AutoProcessor.from_pretrained(CONFIG.model)
@@ -456,22 +462,16 @@ def count(options):
         model.activation_checkpointing_enable({"use_reentrant": False})
         policy = observe_r1.Policy(model)
 
-        def count_update(form, policy=policy):
-            with Counter().counting() as counter:
-                passes(policy.train(), rollouts, form)
-            return counter.numbers
-
-        def count_picture(form, model=model):
-            with Counter().counting() as counter, form(model), observe_r1.AUTOCAST, torch.no_grad():
+        def look(model=model):
+            with observe_r1.AUTOCAST, torch.no_grad():
                 model.model.visual(large["pixel_values"], large["image_grid_thw"])
-            return counter.numbers
 
         decoding = partial(count_decoding, model.eval(), rollouts.prompts)
         for what, counted in {
             "a decoding step, 8 rows": partial(decoding, 8),
             "a decoding step, 128 rows": partial(decoding, 128),
-            "update of a group": count_update,
-            "a picture of 2.56 MP": count_picture,
+            "update of a group": partial(count_calls, model, partial(passes, policy, rollouts)),
+            "a picture of 2.56 MP": partial(count_calls, model, look),
         }.items():
             for form in (as_before, nullcontext):
                 launches, flops, moved = counted(form=form)

@@ -51,7 +51,7 @@ def estimate_memory(config, prompt_tokens, cards=1):
             weights_of(trainable),
             4 * size,
             weights_of(*linear),
-            12 * head,
+            8 * head,
         )
     parts = {
         "weights": weights / cards,
