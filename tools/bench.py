@@ -473,7 +473,7 @@ def count(options):
             for form in (as_before, nullcontext):
                 launches, flops, moved = counted(form=form)
                 when = "before" if form is as_before else "after"
-                cells = f"{launches:,.0f}", f"{flops / 1e12:,.3g}", f"{moved / 1e9:,.4g}"
+                cells = f"{launches:,.0f}", f"{flops / 1e12:,.4g}", f"{moved / 1e9:,.4g}"
                 row(name, what, when, *cells)
 
 
