@@ -40,6 +40,7 @@ import difflib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -339,7 +340,7 @@ def model_inputs(model, prompt):
 
 
 def read_prompts(model, prompts, config):
-    """The forward pass over each prompt alone, repeated for its G responses: N rows.
+    """The forward pass over the prompts, unpadded, each repeated for its G responses: N rows.
 
     Returns the hidden state that predicts the first response token [N,H]; the position of the last
     prompt token [N]; what attention adds to its scores [N,1,1,P+T], which is minus infinity for the
@@ -347,12 +348,15 @@ def read_prompts(model, prompts, config):
     """
     P, T = max(prompt["input_ids"].shape[1] for prompt in prompts), config.max_new_tokens
     rows = []
-    for prompt in prompts:
+    # Prompts of one length, with pictures or all without, share a pass.
+    for _, alike in itertools.groupby(prompts, lambda one: (one["input_ids"].shape[1], len(one))):
+        alike = list(alike)
+        prompt = {name: torch.cat([one[name] for one in alike]) for name in alike[0]}
         inputs, cache = model_inputs(model, prompt), DynamicCache()
         hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
         position = inputs["position_ids"].amax((0, 2))
         padding = P - inputs["input_ids"].shape[1]
-        mask = hidden.new_zeros((1, 1, 1, P + T), dtype=DTYPE)
+        mask = hidden.new_zeros((len(alike), 1, 1, P + T), dtype=DTYPE)
         mask[..., :padding] = -math.inf
         # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
         both = [torch.stack((layer.keys, layer.values), 1).to(DTYPE) for layer in cache.layers]

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 from observe_r1 import Config
 
-LIMIT = 10_500  # code tokens; comments and docstrings are free
-LINES = 1_545
+LIMIT = 10_550  # code tokens; comments and docstrings are free
+LINES = 1_560
 SOURCE = (ROOT / "observe_r1.py").read_text()
 FREE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
