@@ -297,12 +297,13 @@ def alone(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for file in (ROOT / "observe_r1.py", ROOT / "rewards.py", data):
         shutil.copy(file, folder)
+    write_parquet(folder / "held_out.parquet", toy_rows("heldout", range(4)))
     for name in ("home", "tmp"):
         (folder / name).mkdir()
     places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": ""}
     for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
         places[name] = str(folder / "home" / name)
-    steps = {"prompts_per_step": 2, "save_steps": 1, "eval_data": "raw.parquet", "eval_steps": 2}
+    steps = {"prompts_per_step": 2, "save_steps": 1, "eval_data": "held_out.parquet", "eval_steps": 2}
     config = run_config("raw.parquet", "run", max_new_tokens=64, **steps)
     return folder, run_python("observe_r1.py", *command_line(config), cwd=folder, **places)
 
@@ -324,7 +325,8 @@ def test_nothing_is_written_outside_the_run(alone):
     assert [path for path in (folder / "home").rglob("*") if path.is_file()] == []
     assert list((folder / "tmp").iterdir()) == []
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
-    assert names == {"observe_r1.py", "rewards.py", "raw.parquet", "home", "tmp", "run"}
+    files = {"observe_r1.py", "rewards.py", "raw.parquet", "held_out.parquet"}
+    assert names == {*files, "home", "tmp", "run"}
 
 
 def test_a_runs_own_config_starts_it_again(alone, monkeypatch):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from observe_r1 import Config
 
-LIMIT = 10_550  # code tokens; comments and docstrings are free
+LIMIT = 10_560  # code tokens; comments and docstrings are free
 LINES = 1_560
 SOURCE = (ROOT / "observe_r1.py").read_text()
 FREE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
