@@ -303,7 +303,12 @@ def alone(data, tmp_path_factory):
     places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": ""}
     for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
         places[name] = str(folder / "home" / name)
-    steps = {"prompts_per_step": 2, "save_steps": 1, "eval_data": "held_out.parquet", "eval_steps": 2}
+    steps = {
+        "prompts_per_step": 2,
+        "save_steps": 1,
+        "eval_data": "held_out.parquet",
+        "eval_steps": 2,
+    }
     config = run_config("raw.parquet", "run", max_new_tokens=64, **steps)
     return folder, run_python("observe_r1.py", *command_line(config), cwd=folder, **places)
 
