@@ -1066,7 +1066,10 @@ def load_problems(file, processor, config):
 
 
 def check_problem(problem, processor, config):
-    """ValueError for a problem that would train silently wrong; no picture is decoded."""
+    """Tokens of its prompt; ValueError for a problem that would train silently wrong.
+
+    No picture is decoded.
+    """
     question, pictures = problem["question"], problem["images"]
     if pictures is None or any(problem.get(name, 0) is None for name in LADDER):
         raise ValueError("the list of pictures or a score of the ladder is null")
@@ -1094,6 +1097,7 @@ def check_problem(problem, processor, config):
         length += area // side**2 - 1
     if length > config.max_prompt_tokens:  # cut, a picture could lose some of its tokens
         raise ValueError(f"the prompt has {length} tokens; a smaller --max_pixels makes it shorter")
+    return length
 
 
 def read_problems(problems, rows):

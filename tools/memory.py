@@ -10,7 +10,6 @@ be as long as they may get. Trained weights are fp32, arithmetic is in bf16, as 
 """
 
 import argparse
-import io
 import math
 import sys
 from dataclasses import replace
@@ -19,7 +18,6 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 import transformers
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import observe_r1
@@ -124,15 +122,10 @@ def longest_prompt(config):
         return config.max_prompt_tokens
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     processor = transformers.AutoProcessor.from_pretrained(config.model, size=size)
-    maker, lengths = processor.image_processor, []
+    lengths = []
     for batch in pyarrow.parquet.ParquetFile(config.data).iter_batches(64):
         for problem in batch.to_pylist():
-            text = observe_r1.prompt_text(observe_r1.chat_messages(problem, config), processor)
-            lengths.append(len(processor.tokenizer(text)["input_ids"]))
-            for stored in problem["images"]:  # the text holds one token for each
-                width, height = Image.open(io.BytesIO(stored["bytes"])).size
-                patches = maker.get_number_of_image_patches(height, width)
-                lengths[-1] += patches // maker.merge_size**2 - 1
+            lengths.append(observe_r1.check_problem(problem, processor, config))
     return max(lengths)
 
 
