@@ -40,7 +40,6 @@ import difflib
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -68,6 +67,7 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -114,7 +114,6 @@ class Config:
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm, at least 1e-9
     clip_range: float = 0.2  # the ratio is clipped to 1 plus or minus this, at least 0
     kl_coef: float = 0.01  # beta of the KL penalty (0: no reference model), at least 0
-    freeze_vision: bool = False  # do not train the vision tower
     lora_rank: int = 0  # rank of LoRA adapters, needs peft (0: train all weights), at least 0
     token_budget: int = 16384  # tokens of a backward pass: memory, not results, at least 1
     gradient_checkpointing: bool = True  # recompute activations to save memory
@@ -125,8 +124,8 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------- problems
-# A problem is a picture (or several, or none), a question and a short answer. The paper's prompt is
-# not published, so this one is ours. It asks for three blocks, which the format reward checks.
+# A problem is a picture (or several, or none), a question and a short answer. The prompt asks for
+# the blocks that the format reward checks. The paper's own is not published.
 
 PROMPTS = {
     "observe": "Look at the image carefully before you reason. First describe what matters for the "
@@ -171,9 +170,9 @@ def encode_prompts(problems, processor, config):
 
 
 # ------------------------------------------------------------------------------------------ ladder
-# The paper's NeuraLadder. The difficulty of a problem is the share of wrong responses among 8, so
-# there are nine levels, and nine stages. Each stage but the first draws about half or more from its
-# own level, the rest from the four nearest: training gets harder smoothly instead of in steps.
+# The paper's NeuraLadder. The difficulty of a problem is the share of wrong responses among 8: nine
+# levels, and nine stages. A stage draws on its own level most and on the four nearest, so that
+# training gets harder smoothly instead of in steps.
 
 
 def mix_ladder(difficulty, complexity, seed=0):
@@ -182,13 +181,11 @@ def mix_ladder(difficulty, complexity, seed=0):
     difficulty: share of wrong responses, 0 to 1; complexity: mean response length in tokens; [n].
     Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
 
-    Level 0 is what was always solved, level 8 what never was. The shares between them fall into
-    seven levels of equal width, for 8 responses 1/8, 2/8, ... 7/8. Within a level, problems with
-    short responses come first, because they take less reasoning.
-
-    A stage is as large as its level plus the paper's difference between the two, scaled down where
-    the level is rarer than in the paper. The shares of the paper's figure are then scaled, by
-    stages and by levels in turn, until each stage is full and each level used up.
+    Level 0 was always solved, level 8 never; the shares between fall into seven levels of equal
+    width. A stage is as large as its level plus the paper's difference between the two, scaled down
+    where the level is rarer than in the paper. The figure's shares are then scaled, by stages and
+    by levels in turn, until each stage is full and each level used up. Within a level, problems
+    with short responses come first, because they take less reasoning.
     """
     # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
     # then how many of 1,000 problems are of that level, and how many in that stage.
@@ -206,9 +203,7 @@ def mix_ladder(difficulty, complexity, seed=0):
     share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
 
     difficulty = np.asarray(difficulty, dtype=float)
-    level = (difficulty > 0) + np.floor(7 * difficulty + 1e-9).astype(
-        int
-    )  # 7 * (1 - 6/7) is below 1
+    level = np.floor(7 * difficulty + 1e-9).astype(int) + (difficulty > 0)  # 7 (1 - 6/7) < 1
     level_size, n = np.bincount(level, minlength=9), len(level)
     correction = np.minimum(n, level_size / paper_level)
     stage_size = level_size + (paper_stage - paper_level) * correction
@@ -216,8 +211,8 @@ def mix_ladder(difficulty, complexity, seed=0):
         share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
         share *= level_size / share.sum(0).clip(1e-12)
 
-    # In small or odd mixtures a stage might vanish, swell, or turn out easier than the one before.
-    # Then all stages are drawn nearer to their own levels; entirely there, nothing can be wrong.
+    # In odd mixtures a stage might vanish, swell, or turn out easier than the one before. Then all
+    # are drawn nearer to their own levels; entirely there, nothing can be wrong.
     for own in np.linspace(0, 1, 21):
         mixed = (1 - own) * share + own * np.diag(level_size)
         ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
@@ -231,8 +226,7 @@ def mix_ladder(difficulty, complexity, seed=0):
             break
 
     # Each level is cut into its parts for the nine stages, and each part spread evenly over its
-    # stage, every problem a little to the right by chance: exactly even places could line up with
-    # the even stride with which --max_steps thins the ladder, which would then miss some levels.
+    # stage, with some chance: even places could line up with the stride of --max_steps.
     by_length = np.lexsort((complexity, level))  # level by level, in each the short ones first
     parts = counts.T.flatten()
     stage = np.tile(np.arange(9), 9).repeat(parts)
@@ -245,8 +239,7 @@ def mix_ladder(difficulty, complexity, seed=0):
 def select_problems(difficulty, complexity):
     """Numbers of the problems that stay: of difficulty 0 only the half with the longer responses.
 
-    A problem that was solved eight times out of eight may be missed later, especially if its
-    solutions are long. Of problems with equal lengths, the later ones stay.
+    What was solved eight times out of eight may be missed later, above all if it takes long.
     """
     easy = np.flatnonzero(difficulty == 0)
     by_length = easy[complexity[easy].argsort(kind="stable")]
@@ -262,19 +255,15 @@ def ladder(config):
     checkable = [row for row, gold in enumerate(raw["answer"]) if rewards.answers_match(gold, gold)]
     blind = replace(config, system_prompt=PROMPTS["answer"], temperature=GREEDY, num_generations=1)
     blind.max_new_tokens = min(256, config.max_new_tokens)  # an answer alone is short
-    scored = score_problems(*engine, blind, output / "clean.jsonl", checkable)
+    scored = score_problems(*engine, checkable, blind, output / "clean.jsonl")
     unsolved = np.array([row["row"] for row in scored if row["accuracy"] == [0]], dtype=int)
 
     # Score: eight responses each.
-    scored = score_problems(*engine, config, output / "scores.jsonl", unsolved)
+    scored = score_problems(*engine, unsolved, config, output / "scores.jsonl")
     difficulty = np.array([1 - np.mean(row["accuracy"]) for row in scored])
     complexity = np.array([np.mean(row["response_length"]) for row in scored])
 
-    # Select and mix. What was never solved stays, but is listed: its gold may be wrong.
-    never_solved = [row for row in scored if not any(row["accuracy"])]
-    for row in never_solved:
-        answers = [rewards.extract_answer(text) for text in row["responses"]]
-        row["commonest"] = max(answers, key=answers.count)
+    # Select and mix.
     kept = select_problems(difficulty, complexity)
     order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
     chosen = kept[order]
@@ -283,13 +272,11 @@ def ladder(config):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
-        (output / "never_solved.jsonl").unlink(missing_ok=True)  # of a run that was resumed
-    append_log(output / "never_solved.jsonl", never_solved)
     counts = {
         "raw": len(raw),
         "checkable": len(checkable),
         "not_solved_without_reasoning": len(unsolved),
-        "never_solved": len(never_solved),
+        "never_solved": list_never_solved(scored, output / "never_solved.jsonl"),
         "ladder": len(kept),
         "stages": np.bincount(stage, minlength=9).tolist(),
     }
@@ -328,45 +315,6 @@ class Rollouts:
     texts: list[list[str]]  # B lists of G, without stop tokens
 
 
-def model_inputs(model, prompt):
-    """Inputs of a forward pass over one prompt, with rope positions [3,1,P] (time, height, width).
-
-    Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
-    """
-    inputs = {name: values.to(model.device) for name, values in prompt.items()}
-    inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
-    del inputs["mm_token_type_ids"]
-    return inputs
-
-
-def read_prompts(model, prompts, config):
-    """The forward pass over the prompts, unpadded, each repeated for its G responses: N rows.
-
-    Returns the hidden state that predicts the first response token [N,H]; the position of the last
-    prompt token [N]; what attention adds to its scores [N,1,1,P+T], which is minus infinity for the
-    padding on the left of shorter prompts, else 0; and the cache of keys and values.
-    """
-    P, T = max(prompt["input_ids"].shape[1] for prompt in prompts), config.max_new_tokens
-    rows = []
-    # Prompts of one length, with pictures or all without, share a pass.
-    for _, alike in itertools.groupby(prompts, lambda one: (one["input_ids"].shape[1], len(one))):
-        alike = list(alike)
-        prompt = {name: torch.cat([one[name] for one in alike]) for name in alike[0]}
-        inputs, cache = model_inputs(model, prompt), DynamicCache()
-        hidden = model.model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
-        position = inputs["position_ids"].amax((0, 2))
-        padding = P - inputs["input_ids"].shape[1]
-        mask = hidden.new_zeros((len(alike), 1, 1, P + T), dtype=DTYPE)
-        mask[..., :padding] = -math.inf
-        # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
-        both = [torch.stack((layer.keys, layer.values), 1).to(DTYPE) for layer in cache.layers]
-        buffers = [pad(values, (0, 0, padding, T)) for values in both]
-        rows.append((hidden, position, mask, *buffers))
-    repeated = [torch.cat(x).repeat_interleave(config.num_generations, 0) for x in zip(*rows)]
-    hidden, position, mask, *buffers = repeated
-    return hidden, position, mask, Cache([FixedLayer(buffer, P) for buffer in buffers])
-
-
 @torch.no_grad()
 def sample(model, prompts, stop, config):
     """G responses to each prompt: tokens [B,G,T], and how many of them, the stop token too [B,G].
@@ -388,8 +336,7 @@ def sample(model, prompts, stop, config):
         else:
             probabilities = (logits / config.temperature).softmax(-1)
             token = torch.multinomial(probabilities, 1).squeeze(-1)
-        # A finished response goes on writing until its row leaves the batch, but what it writes
-        # then lies behind its length and is never read.
+        # A finished response writes on until its row leaves the batch, behind its length.
         response_ids[response, t] = token
         lengths[response] += going
         going = going & ~torch.isin(token, stop)
@@ -406,7 +353,7 @@ def sample(model, prompts, stop, config):
             inputs_embeds=decoder.embed_tokens(token[:, None]),
             attention_mask={
                 "full_attention": mask[..., : P + t + 1]
-            },  # ready: not built for each token
+            },  # not made anew in each layer
             position_ids=position.expand(3, -1)[..., None],
             cache=cache,
         ).last_hidden_state[:, -1]
@@ -416,21 +363,19 @@ def sample(model, prompts, stop, config):
 def rollout(model, processor, problems, config) -> Rollouts:
     """Sample G responses for each problem. `train` takes any function of this signature instead.
 
-    Prompts are sampled in chunks, so that the key/value cache has room even if all responses reach
-    the cap. Prompts of similar length share a chunk, to save padding.
+    Chunks of prompts are so small that the cache has room even if all responses reach the cap.
     """
-    model.eval()  # no dropout while sampling
+    use_fast_attention(model).eval()  # no dropout while sampling
     prompts = encode_prompts(problems, processor, config)
     stop = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
-    prompt_lengths = np.array([prompt["input_ids"].shape[1] for prompt in prompts])
-    longest = config.num_generations * (prompt_lengths.max() + config.max_new_tokens)
-    size = max(1, int(cache_memory(config) / (longest * cache_bytes(model.config))))
-    order = prompt_lengths.argsort(kind="stable")
+    P = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    group_bytes = config.num_generations * (P + config.max_new_tokens) * cache_bytes(model.config)
+    size = max(1, int(cache_memory(config) / group_bytes))
     parts = []
-    for chunk in np.split(order, range(size, len(prompts), size)):
+    for first in range(0, len(prompts), size):
         with AUTOCAST:
-            parts.append(sample(model, [prompts[b] for b in chunk], stop, config))
-    response_ids, lengths = (torch.cat(part)[order.argsort()] for part in zip(*parts))
+            parts.append(sample(model, prompts[first : first + size], stop, config))
+    response_ids, lengths = map(torch.cat, zip(*parts))
     T = int(lengths.max())
     mask = torch.arange(T, device=model.device) < lengths[..., None]  # [B,G,T]
     response_ids = response_ids[..., :T] * mask
@@ -446,7 +391,6 @@ def rollout(model, processor, problems, config) -> Rollouts:
 # reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
 # the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
-#
 # What std and weight do together: for rewards of 0 and 1 the std is about sqrt(p (1 - p)). Divided
 # by it, all groups have advantages of the same size (in root mean square), so that one success
 # among eight gets 2.5. The weight is 4 sigma std squared, so that 4 sigma std remains: most where
@@ -515,7 +459,7 @@ def pack_group(inputs, response_ids, mask):
         **inputs,
         "input_ids": torch.cat([inputs["input_ids"], response_ids[mask][None]], 1),
         "position_ids": torch.cat([inputs["position_ids"], positions], 2),
-        "attention_mask": {"full_attention": [P, *mask.sum(-1).tolist()]},
+        "attention_mask": [P, *mask.sum(-1).tolist()],
     }
     return row, predecessors
 
@@ -549,17 +493,23 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = use_fast_attention(model)
 
-    def forward(self, rollouts=None, b=0, part=None, temperature=1.0):
-        """Log-probabilities [N,T] of the N responses `part` to prompt b; 0 in the padding."""
+    def forward(self, rollouts=None, responses=None, temperature=1.0):
+        """Log-probabilities [N,T] of N responses; 0 in the padding.
+
+        responses: numbers b of their prompts [N], and g in their groups [N].
+        """
         if rollouts is None:  # see `shard`
             return None
-        model = self.model
-        inputs = model_inputs(model, rollouts.prompts[b])
-        response_ids, mask = rollouts.response_ids[b, part], rollouts.mask[b, part]
-        row, predecessors = pack_group(inputs, response_ids, mask)
+        model, packed = self.model, []
+        for b in dict.fromkeys(responses[0]) or [0]:  # of no responses, a prompt all the same
+            own = [g for a, g in zip(*responses) if a == b]
+            inputs = model_inputs(model, rollouts.prompts[b])
+            packed.append(pack_group(inputs, rollouts.response_ids[b, own], rollouts.mask[b, own]))
+        row, predecessors = join_rows(packed)
         with AUTOCAST:
             hidden = model.model(**row, use_cache=False).last_hidden_state[0, predecessors]  # [L,H]
-        targets, banned = response_ids[mask], vision_tokens(model)
+        mask, banned = rollouts.mask[responses], vision_tokens(model)
+        targets = rollouts.response_ids[responses][mask]
         log_probs = token_log_probs(hidden, targets, model.lm_head.weight, banned, temperature)
         # A group without pictures must still give the vision tower a gradient, of 0: with several
         # processes FSDP waits for it, and one process must compute the same as several.
@@ -576,8 +526,8 @@ def response_log_probs(policy, rollouts, config, prompts=None):
     policy = policy if isinstance(policy, Policy) else Policy(policy)
     prompts = range(len(rollouts.prompts)) if prompts is None else prompts
     log_probs = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device)
-    for b, part in plan_passes(rollouts, prompts, config):
-        log_probs[b, part] = policy(rollouts, b, part, config.temperature)
+    for responses in plan_passes(rollouts, prompts, config):
+        log_probs[responses] = policy(rollouts, responses, config.temperature)
     return log_probs
 
 
@@ -647,7 +597,6 @@ def train(config, rollout=rollout):
         with unsharded(state.policy) as policy:
             rollouts = rollout(policy.model, state.processor, problems, config)
         scores = score_rollouts(rollouts, problems, config)  # rewards [B,G], weights [B]
-        check_rollouts(state, rollouts, problems, scores)
         scores["advantage"] = group_advantages(scores["reward"], scores["weight"])  # [B,G]
         metrics = update(state, rollouts, scores["advantage"], config)  # GRPO
         finish_step(state, problems, rollouts, scores, metrics, config, rollout)
@@ -668,32 +617,23 @@ def update(state, rollouts, advantages, config):
             reference = fixed_log_probs(fixed, rollouts, trained, config)  # [B,G,T]
 
     policy.train()
-    sums = np.zeros(4)  # of loss, responses, KL and clipped share, over all passes
-    norms, first_update = [], state.updates
+    norms, sums = [], np.zeros(3)  # of responses, their KL and clipped share, over all passes
     for num_groups, passes in minibatches(rollouts, trained, config):
-        for b, part in passes:
-            log_probs = policy(rollouts, b, part, config.temperature)  # [N,T]
-            loss, metrics = grpo_loss(
-                log_probs,
-                old[b, part],
-                reference[b, part],
-                advantages[b, part],
-                mask[b, part],
-                config.clip_range,
-                config.kl_coef,
-                num_groups * config.num_generations,
-            )
+        options = (config.clip_range, config.kl_coef, num_groups * config.num_generations)
+        for own in passes:  # its responses
+            log_probs = policy(rollouts, own, config.temperature)  # [N,T]
+            fixed = (old[own], reference[own], advantages[own], mask[own])
+            loss, metrics = grpo_loss(log_probs, *fixed, *options)
             backward(loss)
             if N := len(log_probs):
-                sums += [loss.item(), N, N * metrics["kl"], N * metrics["clip_fraction"]]
+                sums += [N, N * metrics["kl"], N * metrics["clip_fraction"]]
         if passes:  # without a gradient, the optimiser would still move the weights by its momentum
             norms.append(optimizer_step(state, config))
         state.updates += 1
 
-    loss, responses, kl, clipped = sum(gather(sums))
+    responses, kl, clipped = sum(gather([sums]))
     finite = [norm for norm in norms if math.isfinite(norm)]
     return {
-        "loss": loss / (state.updates - first_update),
         "kl": kl / max(1, responses) if config.kl_coef else math.nan,
         "clip_fraction": clipped / max(1, responses),
         "grad_norm": np.mean(finite) if finite else math.nan,
@@ -769,17 +709,31 @@ def response_rows(problems, rollouts, scores):
     return rows
 
 
+def list_never_solved(scored, file):
+    """Write the problems without a right response, each with the commonest answer; how many.
+
+    They stay in the ladder, but the gold of some may be wrong.
+    """
+    never_solved = [row for row in scored if not any(row["accuracy"])]
+    for row in never_solved:
+        answers = [rewards.extract_answer(text) for text in row["responses"]]
+        row["commonest"] = max(answers, key=answers.count)
+    if RANK == 0:
+        file.unlink(missing_ok=True)  # of a run that was resumed
+    append_log(file, never_solved)
+    return len(never_solved)
+
+
 def mean_scores(rows, names):
     """Means over rows and responses."""
     return {name: np.mean([row[name] for row in rows]) for name in names}
 
 
-def score_problems(model, processor, problems, config, file, numbers=None, rollout=rollout):
-    """The row of `response_rows` of each problem, or of those with these row numbers.
+def score_problems(model, processor, problems, numbers, config, file, rollout=rollout):
+    """The row of `response_rows` of each problem with one of these row numbers.
 
     Rows are kept in a file as they come, and a run that is resumed goes on behind the last of them.
     """
-    numbers = np.arange(len(problems)) if numbers is None else numbers
     rows = read_log(file)
     firsts = range(len(rows), len(numbers), config.prompts_per_step)
     for first in tqdm(firsts, file.stem, leave=False, disable=RANK > 0):
@@ -790,36 +744,41 @@ def score_problems(model, processor, problems, config, file, numbers=None, rollo
             batch = read_problems(problems, own)
             rollouts = rollout(model, processor, batch, config)
             scored = response_rows(batch, rollouts, score_rollouts(rollouts, batch, config))
-        scored = sorted(gather_lists(scored), key=lambda row: row["row"])
+        scored = sorted(gather(scored), key=lambda row: row["row"])
         append_log(file, scored)
         rows += scored
     return rows
 
 
-def accuracy_interval(solved, num_samples):
-    """Wilson's 95 % interval of an accuracy; solved: share of right responses to each problem.
-
-    Several responses to a problem tell less than as many problems would: n, the number of answers
-    that count, follows from the spread of `solved` and lies between problems and responses.
-    """
-    p, n, z2 = np.mean(solved), len(solved), 1.96**2
-    if np.var(solved) > 0:
-        n *= np.clip(p * (1 - p) / np.var(solved), 1, num_samples)
-    middle = p + z2 / (2 * n)
-    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2)))
+def accuracy_interval(accuracy, n):
+    """Wilson's 95 % interval of an accuracy over n problems; wide for several samples to each."""
+    z2 = 1.96**2
+    middle = accuracy + z2 / (2 * n)
+    half = math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n**2)))
     return [(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)]
 
 
+def pass_at_k(num_correct, num_samples, k):
+    """Chance that a right one is among k of a problem's responses (arXiv 2107.03374), its mean.
+
+    num_correct: how many of num_samples responses were right, for each problem.
+    """
+    ways = math.comb(num_samples, k)
+    return np.mean([1 - math.comb(num_samples - c, k) / ways for c in num_correct])
+
+
 def evaluate(model, processor, problems, config, file, rollout=rollout):
-    """Accuracy with its 95 % interval, format, length; all responses go to the file."""
-    config = replace(config, num_generations=config.num_samples or 1)
+    """Accuracy with its 95 % interval, pass@k, format, length; all responses go to the file."""
+    samples, numbers = config.num_samples or 1, range(len(problems))
+    config = replace(config, num_generations=samples)
     if config.num_samples == 0:
         config.temperature = GREEDY
-    rows = score_problems(model, processor, problems, config, file, rollout=rollout)
+    rows = score_problems(model, processor, problems, numbers, config, file, rollout)
     result = mean_scores(rows, ("accuracy", "format", "response_length"))
-    solved = [np.mean(row["accuracy"]) for row in rows]
-    interval = accuracy_interval(solved, config.num_generations)
-    return {**result, "interval": interval, "n": len(rows)}
+    result["interval"] = accuracy_interval(result["accuracy"], len(rows))
+    correct = [int(sum(row["accuracy"])) for row in rows]
+    result["pass_at_k"] = {str(k): pass_at_k(correct, samples, k) for k in range(1, samples + 1)}
+    return {**result, "n": len(rows)}
 
 
 def evaluate_model(config):
@@ -878,13 +837,13 @@ def start(config):
         with open(file, "rb") as opened:
             options["content"].append(hashlib.file_digest(opened, "sha256").hexdigest())
     taken = {path.name for path in output.glob("*")} - {"data", "config.json"}
-    if taken and not config.resume and not config.overwrite:
-        raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if config.resume:
         before = read_json(output / "config.json")
         changed = {name for name in options if options[name] != before.get(name)} - MAY_CHANGE
         if changed:
             raise ValueError(f"{output} cannot go on: {sorted(changed)} changed since")
+    elif taken and not config.overwrite:
+        raise ValueError(f"{output} is taken: --resume true goes on, --overwrite true replaces it")
     if WORLD > 1:  # processes may end a long rollout hours apart
         torch.distributed.init_process_group(BACKENDS, timeout=timedelta(days=1))
     torch.use_deterministic_algorithms(DEVICE.type == "cpu")
@@ -892,7 +851,7 @@ def start(config):
         aside = Path(f"{output}.old")
         shutil.rmtree(aside, ignore_errors=True)
         output.rename(aside)
-    gather(None)  # the others wait for it
+    gather([])  # the others wait for it
 
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # areas
     processor = transformers.AutoProcessor.from_pretrained(config.model, size=size)
@@ -917,9 +876,8 @@ def add_adapters(model, config):
         import peft
     except ImportError as error:
         raise ValueError("--lora_rank needs peft: pip install peft") from error
-    rank, frozen = config.lora_rank, ".*visual.*" if config.freeze_vision else None
-    trained = {"target_modules": "all-linear", "exclude_modules": frozen}
-    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, **trained)
+    rank = config.lora_rank
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     # Without a gradient at its input, FSDP would reduce the first layer in another order in passes
     # without pictures, and the processes would wait for each other for ever.
     model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
@@ -943,7 +901,6 @@ def prepare(config, rollout):
 
     set_seed(config.seed)  # adapters start at random
     model = load_model(config, DTYPE if config.lora_rank else torch.float32, HOME)
-    model.model.visual.requires_grad_(not config.freeze_vision)
     adapters = add_adapters(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -970,29 +927,22 @@ def prepare(config, rollout):
 
 def next_problems(state, config):
     """The problems of this process in each step that is left."""
-    left = range(state.step, len(state.steps))
-    bar = {"initial": state.step, "total": len(state.steps), "unit": "step", "disable": RANK > 0}
-    for step in tqdm(left, "training", **bar):
+    for step in tqdm(range(state.step, len(state.steps)), "training", disable=RANK > 0):
         state.clock = time.time()
         set_seed(config.seed, step, RANK)  # all that is random in a step follows from it
         yield read_problems(state.problems, state.steps[step][RANK::WORLD])
 
 
-def check_rollouts(state, rollouts, problems, scores):
-    """ValueError for a rollout that breaks its contract; a warning if the first earns nothing."""
-    banned = vision_tokens(state.policy.model)
-    sampled = {*rollouts.response_ids[rollouts.mask].tolist()}
-    if not rollouts.mask.any(-1).all() or sampled & {*banned}:
-        raise ValueError(f"a response has no token, or one of {banned}, which stand for pictures")
+def look_at_first_step(problems, rollouts, scores):
+    """Warn if nothing was earned: something is wrong with prompt, tags or answers then."""
+    text, gold = rollouts.texts[0][0], problems[0]["answer"]
     for name in ("accuracy", "format"):
-        earned = sum(gather(scores[name].sum().item()))
-        if state.step == 0 and earned == 0:
-            text = rollouts.texts[0][0]
+        if not any(gather([scores[name].any().item()])):
             say(
                 f"warning: no response of the first step earned anything for {name}. One of them:\n"
                 f"{text[-500:]}\nThe checker reads {rewards.extract_answer(text)!r}, the answer is "
-                f"{problems[0]['answer']!r}. Usual causes: problems too hard, --max_new_tokens too "
-                "small, a model that does not follow the prompt, answers in another form. See\n"
+                f"{gold!r}. Usual causes: problems too hard, --max_new_tokens too small, a model "
+                "that does not follow the prompt, answers in another form. See\n"
                 f"python tools/walkthrough.py --problem {problems[0]['row']} and the run's options"
             )
 
@@ -1000,13 +950,15 @@ def check_rollouts(state, rollouts, problems, scores):
 def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
     """Evaluate if it is time, log, save if it is time; end a run that was told to stop."""
     state.step += 1
+    if state.step == 1:
+        look_at_first_step(problems, rollouts, scores)
     if config.eval_steps and state.step % config.eval_steps == 0:
         metrics["eval_accuracy"] = measure(state, state.step, config, rollout)["accuracy"]
     metrics["seconds"] = time.time() - state.clock
     log_step(state, response_rows(problems, rollouts, scores), scores, metrics)
     if state.skipped[-3:-2] == [state.updates - 3]:  # and so the two after it
         raise ValueError(f"NaN or infinite gradients in three updates up to step {state.step}")
-    stopping = any(gather(state.stopping))  # a signal may reach one process alone
+    stopping = any(gather([state.stopping]))  # a signal may reach one process alone
     if stopping or config.save_steps and state.step % config.save_steps == 0:
         save_checkpoint(state)
     if stopping:
@@ -1015,8 +967,6 @@ def finish_step(state, problems, rollouts, scores, metrics, config, rollout):
 
 def finish_run(state, config, rollout):
     """Save the model, measure it, write the summary."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # no step is left that could be finished
-        signal.signal(number, signal.default_int_handler)
     save_final(state, config)
     summary = {"steps": state.step, "skipped_updates": len(state.skipped)}
     for when, step in (("before", 0), ("after", state.step)):
@@ -1032,22 +982,21 @@ def finish_run(state, config, rollout):
 
 LADDER = ("difficulty", "complexity", "stage")  # the columns that the ladder command adds
 COLUMNS = {"images": datasets.List(datasets.Image(decode=False))}
-COLUMNS |= dict.fromkeys(("question", "answer", "id", "category"), datasets.Value("string"))
+TEXTS = {"question", "answer", "id", "category"}
+COLUMNS |= dict.fromkeys(TEXTS, datasets.Value("string"))
 COLUMNS |= dict.fromkeys(LADDER, datasets.Value("float64"))
 
 
 def load_problems(file, processor, config):
     """The rows of a Parquet file, looked at one by one. Pictures stay encoded."""
     try:
-        schema = pyarrow.parquet.read_schema(file)
-        names = set(schema.names)
-        if missing := {"images", "question", "answer"} - names:
-            raise ValueError(f"the columns {sorted(missing)} are missing")
-        if unknown := names - COLUMNS.keys():
-            raise ValueError(f"the columns {sorted(unknown)} are unknown")
-        if not all("string" in str(schema.field(name).type) for name in ("question", "answer")):
-            raise ValueError("a question or an answer is no text")  # 1.1, or 1.100000023?
-        features = datasets.Features({name: COLUMNS[name] for name in schema.names})
+        kinds = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(file)}
+        wrong = {"images", "question", "answer"} - kinds.keys() | kinds.keys() - COLUMNS.keys()
+        # A number is no text: would it be 1.1, or 1.100000023?
+        wrong |= {name for name in TEXTS & kinds.keys() if "string" not in kinds[name]}
+        if wrong:
+            raise ValueError(f"the columns {sorted(wrong)} are missing, unknown or no text")
+        features = datasets.Features({name: COLUMNS[name] for name in kinds})
         folder = f"{config.output_dir}/data"  # shared by all processes
         problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
@@ -1059,7 +1008,7 @@ def load_problems(file, processor, config):
             check_problem(problems[row], processor, config)
         except (ValueError, OSError, Image.DecompressionBombError) as error:
             faults.append(f"row {row}: {error}")
-    faults = gather_lists(faults)
+    faults = gather(faults)
     if faults or not len(problems):
         raise ValueError("\n  ".join([f"{file}: {len(faults)} unusable rows", *faults[:20]]))
     return problems
@@ -1071,20 +1020,18 @@ def check_problem(problem, processor, config):
     No picture is decoded.
     """
     question, pictures = problem["question"], problem["images"]
-    if pictures is None or any(problem.get(name, 0) is None for name in LADDER):
-        raise ValueError("the list of pictures or a score of the ladder is null")
-    if not all((problem[name] or "").strip() for name in ("question", "answer")):
-        raise ValueError("the question or the answer is empty")
+    needed = [problem[name] for name in problem.keys() - {"id", "category"}]
+    if None in needed or not question.strip() or not problem["answer"].strip():
+        raise ValueError("question, answer, list of pictures or a score of the ladder is empty")
     if question.count(MARK) not in (0, len(pictures)):
         raise ValueError(f"{question.count(MARK)} marks {MARK} for {len(pictures)} pictures")
-    tokenizer = processor.tokenizer
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if found := [token for token in special if token in question]:
+    special = processor.tokenizer.added_tokens_decoder.values()
+    if found := [token.content for token in special if token.special and token.content in question]:
         raise ValueError(f"the question holds the control tokens {found}")
     text = prompt_text(chat_messages(problem, config), processor)
-    if opened := re.search(r"</?(observe|think|answer)>\s*$", text):
-        raise ValueError(f"the chat template begins the response: take <{opened[1]}> out of it")
-    length = len(tokenizer(text)["input_ids"])
+    if text.rstrip().endswith(("<observe>", "<think>", "<answer>")):
+        raise ValueError("the chat template begins the response: take its tag out")
+    length = len(processor.tokenizer(text)["input_ids"])
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     for stored in pictures:  # the text holds one token for each
         picture = Image.open(io.BytesIO(stored["bytes"]))  # reads the header alone
@@ -1148,17 +1095,12 @@ def say(text):
         tqdm.write(text)
 
 
-def gather(value):
-    """The values of all processes, in the order of their ranks, on each of them."""
-    values = [value] * WORLD
+def gather(values):
+    """The lists of all processes, end to end in the order of their ranks, on each of them."""
+    lists = [values] * WORLD
     if WORLD > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def gather_lists(values):
-    """The lists of all processes, end to end."""
-    return [value for part in gather(values) for value in part]
+        torch.distributed.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
 
 
 def set_seed(*numbers):
@@ -1172,33 +1114,159 @@ def vision_tokens(model):
     return [getattr(model.config, name) for name in names]
 
 
-def cache_bytes(shapes):
-    """Bytes of the keys and values of one token in all layers; shapes: a model's configuration."""
-    text = shapes.get_text_config()
-    head_size = text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * DTYPE.itemsize
+def fixed_log_probs(policy, rollouts, prompts, config):
+    """`response_log_probs` without gradients."""
+    with torch.no_grad(), unsharded(policy):
+        # At least one pass, of prompt 0 if none is trained: FSDP fetches layers ahead in the order
+        # of the last pass. A process that made none here would follow the sampler's order and ask
+        # for another layer than the rest, and all would wait for ever.
+        return response_log_probs(policy, rollouts, config, prompts or [0])
 
 
-def packed_attention(module, query, key, value, lengths, **options):
-    """Attention of a packed row: the prompt on itself, each response on the prompt and on itself.
+def plan_passes(rollouts, prompts, config):
+    """The responses of each pass: as many as --token_budget holds, their prompts included.
 
-    query [1,heads,P+L,size], key and value with perhaps fewer heads -> [1,P+L,heads,size]. Each
-    token sees what it would see if its response alone stood behind the prompt: the result is the
-    same, and no mask of (P+L) x (P+L) is made. What is no packed row goes the library's way.
+    A pass is two lists, the numbers b of the prompts and g in their groups, one of each a response.
     """
-    if not isinstance(lengths, list):
-        return sdpa_attention_forward(module, query, key, value, lengths, **options)
+    passes, room = [], 0
+    for b in prompts:
+        P = rollouts.prompts[b]["input_ids"].shape[1]
+        cost = P  # once in a pass
+        for g, length in enumerate(rollouts.mask[b].sum(-1).tolist()):
+            if cost + length > room:
+                passes.append(([], []))
+                room, cost = config.token_budget, P
+            room -= cost + length
+            cost = 0
+            for numbers, number in zip(passes[-1], (b, g)):
+                numbers.append(number)
+    return passes
+
+
+def minibatches(rollouts, trained, config):
+    """(number of groups, passes of this process) of each optimiser step.
+
+    All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
+    Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
+    equally often, or FSDP waits for ever: who has fewer passes makes some of no responses, whose
+    gradient is 0.
+    """
+    total = sum(gather([len(rollouts.prompts)]))
+    for numbers in np.array_split(np.arange(total), math.ceil(total / config.minibatch_prompts)):
+        mine = [b for b in trained if b * WORLD + RANK in numbers]
+        passes = plan_passes(rollouts, mine, config)
+        missing = max(gather([len(passes)])) - len(passes)
+        yield len(numbers), passes + [([], [])] * missing
+
+
+def backward(loss):
+    """Add the gradient of this process's part of the loss."""
+    (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
+
+
+def shard(policy):
+    """Share the weights out over the processes."""
+    if WORLD == 1:
+        return policy
+    precision = fsdp.MixedPrecisionPolicy(DTYPE, torch.float32)
+    for part in (*policy.model.model.language_model.layers, policy):
+        fsdp.fully_shard(part, mp_policy=precision)
+    policy()  # FSDP takes the first module that runs for its root, and a rollout runs a layer
+    policy.reshard()  # the optimiser must be given the shards
+    return policy
+
+
+@contextmanager
+def unsharded(policy):
+    """Inside, each process has all weights, so that it can sample as many tokens as it likes."""
+    parts = [part for part in policy.modules() if isinstance(part, fsdp.FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield policy
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
+
+
+# ----------------------------------------------------------------------------- attention and cache
+# What makes rollout and passes fast; with the library's own attention and cache the numbers would be
+# the same.
+
+
+def model_inputs(model, prompt):
+    """Inputs of a forward pass over one prompt, with rope positions [3,1,P] (time, height, width).
+
+    Positions are always explicit: left to itself, the model reuses offsets of an earlier batch.
+    """
+    inputs = {name: values.to(model.device) for name, values in prompt.items()}
+    inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
+    del inputs["mm_token_type_ids"]
+    return inputs
+
+
+def join_rows(packed):
+    """Several results of `pack_group` as one: their rows end to end, blind to each other."""
+    rows, predecessors = zip(*packed)
+    starts = np.cumsum([0] + [row["input_ids"].shape[1] for row in rows])
+    joined = {"attention_mask": {"full_attention": [row.pop("attention_mask") for row in rows]}}
+    for name in set().union(*rows):  # pictures are not in all
+        values = [row[name] for row in rows if name in row]
+        joined[name] = torch.cat(values, -1 if name.endswith("ids") else 0)
+    return joined, torch.cat([places + start for places, start in zip(predecessors, starts)])
+
+
+def read_prompts(model, prompts, config):
+    """The forward pass over all prompts, and room for G responses to each: N rows.
+
+    Returns the hidden state that predicts the first response token [N,H]; the position of the last
+    prompt token [N]; what attention adds to its scores [N,1,1,P+T], which is minus infinity for the
+    padding on the left of shorter prompts, else 0; and the cache of keys and values.
+    """
+    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    P, T, G = max(lengths), config.max_new_tokens, config.num_generations
+    none = torch.zeros((0, 0), dtype=torch.bool, device=model.device)  # no responses yet
+    row, _ = join_rows([pack_group(model_inputs(model, one), none, none) for one in prompts])
+    cache = DynamicCache()
+    hidden = model.model(**row, cache=cache, use_cache=True).last_hidden_state[0]  # [L,H]
+    last = np.cumsum(lengths) - 1  # of each prompt
+    layers = []
+    for layer in cache.layers:
+        # Under autocast, rope makes keys of fp32, and attention wants them as the values are.
+        both = torch.cat((layer.keys, layer.values)).to(DTYPE)  # [2,heads,L,size]
+        parts = [pad(part, (0, 0, P - part.shape[2], T)) for part in both.split(lengths, 2)]
+        layers.append(FixedLayer(torch.stack(parts).repeat_interleave(G, 0), P))
+    seen = [hidden.new_zeros(n + T, dtype=DTYPE) for n in lengths]
+    mask = pad_sequence(seen, True, -math.inf, "left")[:, None, None]
+    once = (hidden[last], row["position_ids"][0, 0, last], mask)
+    return *(values.repeat_interleave(G, 0) for values in once), Cache(layers)
+
+
+def packed_attention(module, query, key, value, groups, **options):
+    """Attention of packed rows: a prompt on itself, each of its responses on it and on itself.
+
+    groups: a list of lengths for each row of `pack_group`. query [1,heads,L,size], key and value
+    with perhaps fewer heads -> [1,L,heads,size]. Each token sees what it would see if its response
+    alone stood behind the prompt: the result is the same, and no mask of L x L is made. What is no
+    packed row goes the library's way.
+    """
+    if not isinstance(groups, list):
+        return sdpa_attention_forward(module, query, key, value, groups, **options)
+    lengths = [length for group in groups for length in group]
     # Under autocast, rope returns queries and keys of fp32.
-    queries, keys, values = (x.to(value.dtype).split(lengths, 2) for x in (query, key, value))
+    parts = iter(zip(*(x.to(value.dtype).split(lengths, 2) for x in (query, key, value))))
     outputs = []
-    for q, k, v in zip(queries, keys, values):
-        if outputs:  # the prompt is done: a response
-            k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
-        causal = causal_lower_right(q.shape[2], k.shape[2])
-        output = scaled_dot_product_attention(
-            q, k, v, causal, scale=options["scaling"], enable_gqa=True
-        )
-        outputs.append(output)
+    for group in groups:
+        _, *prompt = q, k, v = next(parts)
+        for nth in range(len(group)):
+            if nth:  # a response
+                q, *own = next(parts)
+                k, v = (torch.cat(pair, 2) for pair in zip(prompt, own))
+            causal = causal_lower_right(q.shape[2], k.shape[2])
+            output = scaled_dot_product_attention(
+                q, k, v, causal, scale=options["scaling"], enable_gqa=True
+            )
+            outputs.append(output)
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
@@ -1248,80 +1316,19 @@ class FixedLayer(DynamicLayer):
         self.buffer = self.buffer[indices]
 
 
+def cache_bytes(shapes):
+    """Bytes of the keys and values of one token in all layers; shapes: a model's configuration."""
+    text = shapes.get_text_config()
+    head_size = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * DTYPE.itemsize
+
+
 def cache_memory(config):
     """Bytes for the key/value cache of a rollout."""
     if config.cache_gb or not ACCELERATOR:
         return 1e9 * (config.cache_gb or 8)
     unused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
     return 0.8 * (torch.accelerator.get_memory_info()[0] + unused)
-
-
-def fixed_log_probs(policy, rollouts, prompts, config):
-    """`response_log_probs` without gradients."""
-    with torch.no_grad(), unsharded(policy):
-        # At least one pass, of prompt 0 if none is trained: FSDP fetches layers ahead in the order
-        # of the last pass. A process that made none here would follow the sampler's order and ask
-        # for another layer than the rest, and all would wait for ever.
-        return response_log_probs(policy, rollouts, config, prompts or [0])
-
-
-def plan_passes(rollouts, prompts, config):
-    """(prompt, responses) of each pass: a group, or equal parts of it within --token_budget."""
-    passes = []
-    for b in prompts:
-        room = config.token_budget - rollouts.prompts[b]["input_ids"].shape[1]
-        lengths = rollouts.mask[b].sum(-1).tolist()
-        for count in range(1, len(lengths) + 1):  # in the end, each response goes alone
-            if max(map(sum, np.array_split(lengths, count))) <= room:
-                break
-        passes += [(b, part) for part in np.array_split(range(len(lengths)), count)]
-    return passes
-
-
-def minibatches(rollouts, trained, config):
-    """(number of groups, passes of this process) of each optimiser step.
-
-    All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
-    Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
-    equally often, or FSDP waits for ever: who has fewer passes makes some of no responses, whose
-    gradient is 0.
-    """
-    total = sum(gather(len(rollouts.prompts)))
-    for numbers in np.array_split(np.arange(total), math.ceil(total / config.minibatch_prompts)):
-        mine = [b for b in trained if b * WORLD + RANK in numbers]
-        passes = plan_passes(rollouts, mine, config)
-        missing = max(gather(len(passes))) - len(passes)
-        yield len(numbers), passes + [(0, [])] * missing
-
-
-def backward(loss):
-    """Add the gradient of this process's part of the loss."""
-    (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
-
-
-def shard(policy):
-    """Share the weights out over the processes."""
-    if WORLD == 1:
-        return policy
-    precision = fsdp.MixedPrecisionPolicy(DTYPE, torch.float32)
-    for part in (*policy.model.model.language_model.layers, policy):
-        fsdp.fully_shard(part, mp_policy=precision)
-    policy()  # FSDP takes the first module that runs for its root, and a rollout runs a layer
-    policy.reshard()  # the optimiser must be given the shards
-    return policy
-
-
-@contextmanager
-def unsharded(policy):
-    """Inside, each process has all weights, so that it can sample as many tokens as it likes."""
-    parts = [part for part in policy.modules() if isinstance(part, fsdp.FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield policy
-    for part in parts:
-        part.set_reshard_after_forward(True, recurse=False)
-        part.reshard()
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -1334,8 +1341,6 @@ TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
 def tensors_of(state):
     """Trained weights and their moments, as torch.distributed.checkpoint wants them."""
     model, optimizer = dcp_state.get_state_dict(state.policy, state.optimizer, options=TRAINED)
-    trained = {name for name, weight in state.policy.named_parameters() if weight.requires_grad}
-    model = {name: model[name] for name in model if name in trained}  # a tied one has two names
     return {"model_state_dict": model, "optim_state_dict": optimizer}
 
 
@@ -1363,7 +1368,7 @@ def restore(state):
     position = read_json(whole[-1] / "position.json")
     logs = position.pop("logs")
     vars(state).update(position)  # step, updates, skipped
-    gather(None)  # all have read
+    gather([])  # all have read
     if RANK == 0:
         for log in state.output.glob("*.jsonl"):  # what came after the checkpoint comes again
             os.truncate(log, logs.get(log.name, 0))
@@ -1410,8 +1415,11 @@ def stop_on_signals(state):
 
 
 def read_json(file):
-    """What a JSON file holds."""
-    return json.loads(file.read_text())
+    """The object that a JSON file holds."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
 
 
 def write_json(file, content):
@@ -1437,8 +1445,7 @@ def append_log(file, rows):
 
 
 def write_result(file, content):
-    """Write and print the result of a command, to four digits."""
-    content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
+    """Write and print the result of a command."""
     write_json(file, content)
     say(f"{file}: {json.dumps(content)}")
     return content
@@ -1446,7 +1453,7 @@ def write_result(file, content):
 
 def log_step(state, own, scores, metrics):
     """A line on the screen, a line in metrics.jsonl, two groups in rollouts.jsonl."""
-    rows = gather_lists(own)
+    rows = gather(own)
     names = [name for name in (*scores, "difficulty") if name in rows[0]]
     metrics |= mean_scores(rows, names)
     metrics["zero_weight_fraction"] = np.mean([row["weight"] == 0 for row in rows])
@@ -1489,25 +1496,22 @@ def check_config(config):
 def parse_arguments(words):
     """(command, Config); options need no command, and without --data they are for the toy."""
     parser = transformers.HfArgumentParser(Config, usage=USAGE, allow_abbrev=False)
-    parser.add_argument("command", nargs="?", help=", ".join(COMMANDS))
     for action in parser._actions:
         if action.dest in HELP:
             action.help = f"{HELP[action.dest]} (default: {action.default!r})"
         action.default = argparse.SUPPRESS  # so that parsing returns what was given, and no more
+    parser.add_argument("command", nargs="?", default="train", help=", ".join(COMMANDS))
     parsed, unknown = parser.parse_known_args(words)
     given = vars(parsed)
-    command = given.pop("command", "train")
-    if command not in COMMANDS:
-        unknown.append(command)
-    if unknown:
-        known = [*COMMANDS, *(f"--{name}" for name in HELP)]
-        nearest = difflib.get_close_matches(unknown[0], known)
-        raise ValueError(f"{unknown[0]} is unknown; the nearest are {nearest}. {USAGE}")
+    command = given.pop("command")
+    if unknown or command not in COMMANDS:
+        word, *_ = [*unknown, command]
+        nearest = difflib.get_close_matches(word, [*COMMANDS, *parser._option_string_actions])
+        raise ValueError(f"{word} is unknown; the nearest are {nearest}. {USAGE}")
 
     if "config" in given or "data" not in given:
         given = read_options(Path(given.get("config", TOY))) | given
-    model = given.get("model", Config.model)
-    trained = Path(f"{model}/observe_r1.json")
+    trained = Path(f"{given.get('model', Config.model)}/observe_r1.json")
     if trained.exists():  # what shaped the prompts of its training
         brought = read_json(trained)
         say(f"{trained}: {brought}, where no option says otherwise")
@@ -1519,10 +1523,7 @@ def parse_arguments(words):
 
 def read_options(file):
     """The options of a JSON file; a path in it may start at the file's own folder."""
-    try:
-        options = dict(read_json(file))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object of options: {error}") from error
+    options = read_json(file)
     options.pop("content", None)  # a run adds it to its own
     if wrong := options.keys() - HELP.keys():
         raise ValueError(f"{file}: unknown options {sorted(wrong)}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import datasets
@@ -14,7 +15,7 @@ from conftest import TOY, read_jsonl, run_config, toy_rows, write_parquet
 
 import observe_r1
 import rewards
-from observe_r1 import accuracy_interval, parse_arguments
+from observe_r1 import accuracy_interval, parse_arguments, pass_at_k
 
 # --------------------------------------------------------------------------------- the whole ladder
 
@@ -132,7 +133,7 @@ def test_what_is_asked_and_what_stays(tmp_path, monkeypatch):
     """Cleaning is greedy and short; of lengths 2, 23 and 56, all always solved, 2 goes."""
     asked = []
 
-    def score(model, processor, problems, config, file, numbers):
+    def score(model, processor, problems, numbers, config, file):
         asked.append(config)
         rows = []
         for row in numbers:
@@ -179,26 +180,19 @@ def test_eval_writes_what_it_measured(raw, tmp_path):
         assert result["format"] == pytest.approx(np.mean(form), abs=1e-4)
         length = np.mean([row["response_length"] for row in rows])
         assert result["response_length"] == pytest.approx(length, abs=1e-4)
-        interval = accuracy_interval(np.mean(right, 1), samples or 1)
-        assert result["interval"] == pytest.approx(interval, abs=1e-4)
+        assert result["interval"] == accuracy_interval(result["accuracy"], len(rows))
+        for k, chance in result["pass_at_k"].items():
+            every = [np.mean([max(some) for some in combinations(row, int(k))]) for row in right]
+            assert chance == pytest.approx(np.mean(every))
+        assert [*result["pass_at_k"]] == [str(k + 1) for k in range(samples or 1)]
     greedy = json.loads((tmp_path / "0" / "eval.json").read_text())
     config = run_config(data, tmp_path / "again", num_samples=0, seed=5)
     assert observe_r1.evaluate_model(config) == greedy  # the likeliest tokens know no seed
 
 
 def test_the_interval_is_wilsons():
-    for solved, wanted in (
-        ([1] * 10, (0.7225, 1)),  # it has a width where all agree
-        ([0] * 10, (0, 0.2775)),
-        ([1] * 9 + [0], (0.5958, 0.9821)),
-    ):
-        for samples in (1, 8):
-            assert accuracy_interval(solved, samples) == pytest.approx(wanted, abs=2e-4)
-    # Responses that agree within problems are worth as much as one, others as much as problems.
-    half = accuracy_interval([0, 1] * 10, 8)
-    assert accuracy_interval([0, 1] * 10, 1) == half
-    independent = accuracy_interval(np.random.default_rng(0).binomial(8, 0.5, 5000) / 8, 8)
-    assert independent == pytest.approx(accuracy_interval([0, 1] * 20_000, 1), abs=5e-3)
+    for accuracy, wanted in ((1, (0.7225, 1)), (0, (0, 0.2775)), (0.9, (0.5958, 0.9821))):
+        assert accuracy_interval(accuracy, 10) == pytest.approx(wanted, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +205,20 @@ def test_the_interval_covers_the_truth(n, p, samples, spread):
     for _ in range(2000):
         share = p + spread * random.choice([-1, 1], n)
         solved = random.binomial(samples, share.clip(0, 1)) / samples
-        low, high = accuracy_interval(solved, samples)
+        low, high = accuracy_interval(solved.mean(), n)
         covered += low <= p <= high
     assert covered / 2000 > 0.92  # for the first, Wilson's interval covers .925 exactly
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pass_at_k_counts_all_choices(seed):
+    """Of k responses among n: the share of choices that hold a right one, mean over problems."""
+    random = np.random.default_rng(seed)
+    n = int(random.integers(1, 9))
+    k = int(random.integers(1, n + 1))
+    right = random.random((5, n)) < random.random((5, 1))
+    shares = [np.mean([max(some) for some in combinations(row, k)]) for row in right]
+    assert pass_at_k(right.sum(1).tolist(), n, k) == pytest.approx(np.mean(shares))
 
 
 def test_a_model_is_measured_as_it_was_trained(tmp_path, monkeypatch):

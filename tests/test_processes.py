@@ -88,7 +88,7 @@ def in_two_processes():
     """What the processes of the fixture `two` do, in its folder."""
     torch.distributed.init_process_group(observe_r1.BACKENDS)
     torch.distributed.init_process_group = lambda *_, **__: None  # one group for all commands
-    assert gather({"rank": observe_r1.RANK}) == [{"rank": 0}, {"rank": 1}]
+    assert gather([observe_r1.RANK]) == [0, 1]
     train = observe_r1.train
     run(train, uneven_config("whole"))
     run(train, uneven_config("signal"), stop_one(2))

@@ -218,7 +218,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(data, undisturbed, copied
         observe_r1.train(small_config(data, copied, resume=True))
 
 
-CHANGED = {"sigma": 1.0, "seed": 1, "max_steps": 3, "freeze_vision": True, "lora_rank": 2}
+CHANGED = {"sigma": 1.0, "seed": 1, "max_steps": 3, "lora_rank": 2}
 
 
 @pytest.mark.parametrize("name", [*CHANGED, "content"])

@@ -72,7 +72,7 @@ def dense_log_probs(model, rollouts, config, b):
     row, predecessors = pack_group(
         model_inputs(model, rollouts.prompts[b]), *[rollouts.response_ids[b], mask]
     )
-    P, L = row["attention_mask"]["full_attention"][0], row["input_ids"].shape[1]
+    P, L = row["attention_mask"][0], row["input_ids"].shape[1]
     owner = torch.cat([torch.full((P,), -1), mask.nonzero()[:, 0]])  # -1: the prompt
     sees = (owner[:, None] == owner) | (owner == -1)
     row["attention_mask"] = (sees & torch.ones(L, L).tril().bool())[None, None]
@@ -105,7 +105,8 @@ def test_packed_groups_are_exact(toy_model, model, rollouts, config, slow, tempe
     if budget == 90:
         model.train().activation_checkpointing_enable({"use_reentrant": False})
     found = response_log_probs(model, rollouts, config)
-    assert (found - expected).abs().max() <= 1e-5 / min(1, temperature)
+    # Where a log-probability is -29, fp32 itself is exact to 2e-6.
+    torch.testing.assert_close(found, expected, atol=1e-5 / min(1, temperature), rtol=5e-7)
     gradients, exact = gradients_of(model, found), gradients_of(twin, expected)
     for name, gradient in exact.items():  # of the bias of keys it is 0, but for rounding
         error = (gradients[name] - gradient).norm()
@@ -163,11 +164,12 @@ def test_chosen_prompts_empty_passes_and_rows_without_pictures(model, rollouts, 
     with torch.no_grad():
         whole = response_log_probs(model, rollouts, config)
         some = response_log_probs(model, rollouts, config, prompts=[1, 4])
-    assert torch.equal(some[[1, 4]], whole[[1, 4]]) and some[[0, 2, 3]].abs().sum() == 0
+    torch.testing.assert_close(some[[1, 4]], whole[[1, 4]], atol=1e-5, rtol=1e-6)
+    assert some[[0, 2, 3]].abs().sum() == 0
     policy = Policy(model)
-    for b, part in ((0, slice(0)), (3, slice(4))):  # no response; no picture
-        values = policy(rollouts, b, part, 1.0)
-        assert values.shape == (len(rollouts.mask[b, part]), 20)
+    for responses in (([], []), ([3] * 4, [0, 1, 2, 3])):  # no response; no picture
+        values = policy(rollouts, responses, 1.0)
+        assert values.shape == (len(responses[0]), 20)
         model.zero_grad()
         values.sum().backward()
         vision = [p.grad for p in model.model.visual.parameters() if p.grad is not None]
@@ -182,7 +184,7 @@ def test_a_packed_row():
     row, predecessors = pack_group(inputs, torch.tensor([[1, 2, 9], [3, 9, 9]]), mask)
     assert row["input_ids"].tolist() == [[7, 8, 1, 2, 3]]
     assert row["position_ids"][:, 0].tolist() == [[4, 5, 6, 7, 6], *[[3, 3, 6, 7, 6]] * 2]
-    assert row["attention_mask"] == {"full_attention": [2, 2, 1]}
+    assert row["attention_mask"] == [2, 2, 1]
     assert predecessors.tolist() == [1, 2, 1]
 
 
@@ -208,7 +210,7 @@ def test_chunks_of_the_vocabulary_are_exact(n, dtype, tolerance):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_plan_passes(seed):
-    """Each response once, in equal parts, as few as the budget allows."""
+    """Each response once, in order; a pass is filled until the next response does not fit."""
     random = np.random.default_rng(seed)
     B, G = int(random.integers(1, 5)), int(random.integers(1, 17))
     lengths = np.minimum(random.lognormal(5, 1, (B, G)).astype(int) + 1, 2000)
@@ -218,22 +220,15 @@ def test_plan_passes(seed):
     budget = int(random.integers(1, 8000))
     wanted = random.permutation(B)[: random.integers(0, B + 1)].tolist()
     passes = plan_passes(Rollouts(prompts, mask, mask, []), wanted, Config(token_budget=budget))
-    assert list(dict.fromkeys(b for b, _ in passes)) == wanted
-    for b in wanted:
-        parts = [part.tolist() for other, part in passes if other == b]
-        assert sum(parts, []) == list(range(G))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        fits = [sizes[b] + lengths[b, part].sum() <= budget for part in parts]
-        assert all(fits) or len(parts) == G
-        fewer = np.array_split(lengths[b], max(1, len(parts) - 1))
-        assert len(parts) == 1 or sizes[b] + max(map(sum, fewer)) > budget
+    passes = [list(zip(*numbers, strict=True)) for numbers in passes]
+    assert [x for one in passes for x in one] == [(b, g) for b in wanted for g in range(G)]
 
+    def tokens(responses):
+        return sum(sizes[b] for b in {b for b, _ in responses}) + sum(lengths[x] for x in responses)
 
-def test_one_long_response_does_not_split_a_group():
-    lengths = torch.tensor([[8192, *[200] * 7]])
-    mask = torch.arange(8192) < lengths[..., None]
-    prompts = [{"input_ids": torch.zeros(1, 1000)}]
-    assert len(plan_passes(Rollouts(prompts, mask, mask, []), [0], Config(token_budget=10592))) == 1
+    for responses, following in zip(passes, [*passes[1:], None]):
+        assert tokens(responses) <= budget or len(responses) == 1
+        assert following is None or tokens([*responses, following[0]]) > budget
 
 
 # -------------------------------------------------------------------------------- the vision tower
@@ -319,7 +314,7 @@ def test_update_does_not_depend_on_the_token_budget(toy_model, rollouts, config,
             {b: slow_log_probs(policy, rollouts, config, b) for b in trained}
             for policy in (slow, reference)
         )
-    updates = []
+    norms = []
     for rate, size, groups in ((0.04, 2, [0]), (0.022, 2, [2, 3]), (0.004, 1, [4])):
         loss = 0
         for b in groups:
@@ -332,13 +327,13 @@ def test_update_does_not_depend_on_the_token_budget(toy_model, rollouts, config,
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(slow.parameters(), 3.0)
         torch.optim.SGD(slow.parameters(), rate).step()
-        updates.append((loss.item(), norm.item()))
+        norms.append(norm.item())
     expected = dict(zip(("kl", "clip_fraction"), np.mean(numbers, 0)))
-    expected |= dict(zip(("loss", "grad_norm"), np.mean(updates, 0)))
-    expected |= {"learning_rate": 0.004, "optimizer_step": 4, "skipped_updates": 0}
-    assert max(updates)[1] > 3 and expected["clip_fraction"] > 0 and len(numbers) == 16
+    expected |= {"grad_norm": np.mean(norms), "learning_rate": 0.004, "optimizer_step": 4}
+    expected |= {"skipped_updates": 0}
+    assert max(norms) > 3 and expected["clip_fraction"] > 0 and len(numbers) == 16
 
-    for budget, passes in ((10**6, 4), (90, 8), (1, 16)):
+    for budget, passes in ((10**6, 1), (250, 2), (90, 8), (1, 16)):
         config.token_budget = budget
         assert len(plan_passes(rollouts, trained, config)) == passes
         learner = copy.deepcopy(toy_model)
@@ -362,7 +357,7 @@ def test_what_gives_no_finite_gradient_moves_nothing(model, rollouts, config, ad
     update(state, rollouts, advantages, config)
     before = snapshot(state)
     metrics = update(state, rollouts, 0 * advantages, config)
-    assert math.isnan(metrics["grad_norm"]) and metrics["loss"] == 0 and state.updates == 7
+    assert math.isnan(metrics["grad_norm"]) and state.updates == 7
     for value in (math.nan, math.inf):
         advantages[0, 0] = value
         metrics = update(state, rollouts, advantages[:2], config)
@@ -384,7 +379,8 @@ def test_mini_batches_are_of_even_size():
         sizes = [size for size, _ in parts]
         assert sum(sizes) == n and max(sizes) - min(sizes) <= 1 and len(parts) == -(-n // most)
         for end, (size, passes) in zip(np.cumsum(sizes), parts):
-            assert [b for b, _ in passes] == [b for b in trained if end - size <= b < end]
+            own = [b for b in trained if end - size <= b < end]
+            assert [b for numbers, _ in passes for b in numbers[::2]] == own
 
 
 def test_the_optimizer_is_that_of_the_paper(model):
