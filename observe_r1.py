@@ -31,8 +31,7 @@ mini-batch   the groups of one optimiser step
 step         one rollout and the optimiser steps on it, one for each of its mini-batches
 
 Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, N responses of any
-prompts, L tokens of responses in a flat list, H hidden size, V vocabulary. `model` is a
-Qwen2_5_VLForConditionalGeneration.
+prompts, L tokens of responses in a flat list, H hidden size, V vocabulary.
 """
 
 import argparse
@@ -153,18 +152,13 @@ def chat_messages(problem, config):
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
-def prompt_text(messages, processor):
-    """What the model reads, in its own layout; each picture is one token so far."""
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def encode_prompts(problems, processor, config):
     """What the processor makes of each prompt, encoded alone: input_ids [1,P], pixel_values, ..."""
     prompts = []
     for problem in problems:
         messages = chat_messages(problem, config)
         images, _ = process_vision_info(messages)  # resizes, so the processor must not do it again
-        text = prompt_text(messages, processor)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append(processor(text=text, images=images, do_resize=False, return_tensors="pt"))
     return prompts
 
@@ -304,10 +298,7 @@ GREEDY = 0.0  # temperature at which the likeliest token is taken
 
 @dataclass
 class Rollouts:
-    """Prompts and their sampled responses, on the device of the policy.
-
-    A rollout of your own must give each response at least one token, and none of `vision_tokens`.
-    """
+    """Prompts and their responses, on the policy's device; none of `vision_tokens` in a response."""
 
     prompts: list  # B prompts of `encode_prompts`; they stay in host memory
     response_ids: torch.Tensor  # [B,G,T]
@@ -351,9 +342,7 @@ def sample(model, prompts, stop, config):
         position = position + 1
         hidden = decoder(
             inputs_embeds=decoder.embed_tokens(token[:, None]),
-            attention_mask={
-                "full_attention": mask[..., : P + t + 1]
-            },  # not made anew in each layer
+            attention_mask={"full_attention": mask[..., : P + t + 1]},
             position_ids=position.expand(3, -1)[..., None],
             cache=cache,
         ).last_hidden_state[:, -1]
@@ -511,10 +500,7 @@ class Policy(torch.nn.Module):
         mask, banned = rollouts.mask[responses], vision_tokens(model)
         targets = rollouts.response_ids[responses][mask]
         log_probs = token_log_probs(hidden, targets, model.lm_head.weight, banned, temperature)
-        # A group without pictures must still give the vision tower a gradient, of 0: with several
-        # processes FSDP waits for it, and one process must compute the same as several.
-        vision = [p.flatten()[0] for p in model.model.visual.parameters() if p.requires_grad]
-        log_probs = log_probs + 0 * sum(vision)
+        log_probs = log_probs + zero_of_vision(model)  # for passes without pictures
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
@@ -535,9 +521,9 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
 # d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
 # 1: this is the policy gradient. It makes the tokens of good responses likelier and those of bad
-# ones less likely, and its mean over responses that the policy samples is the direction in which
-# the expected reward rises fastest. Clipping the ratio ends the push once a token has moved by 20 % in the direction
-# that its advantage asks for. The KL penalty keeps the policy near the model it started from.
+# ones less likely; its mean over sampled responses is the direction in which the expected reward
+# rises fastest. Clipping ends the push once a token has moved by 20 % in the direction that its
+# advantage asks for. The KL penalty keeps the policy near the model it started from.
 
 
 def grpo_loss(
@@ -557,8 +543,8 @@ def grpo_loss(
     (default N). ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
-    log p: never negative, of low variance, its value unbiased for tokens that the policy sampled (k3
-    in joschu.net/blog/kl-approx.html).
+    log p: never negative, of low variance, unbiased for tokens that the policy sampled (k3 in
+    joschu.net/blog/kl-approx.html).
     """
     mask = mask.bool()
 
@@ -641,21 +627,6 @@ def update(state, rollouts, advantages, config):
         "optimizer_step": state.updates,
         "skipped_updates": len(state.skipped),
     }
-
-
-def optimizer_step(state, config):
-    """Scale a long gradient down and step, unless it is NaN or infinite. Returns its norm."""
-    scale = learning_rate_scale(state.updates, state.num_updates, config.warmup_ratio)
-    state.optimizer.param_groups[0]["lr"] = config.learning_rate * scale
-    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # from the shards of all processes
-        norm = norm.full_tensor()
-    if torch.isfinite(norm):
-        state.optimizer.step()
-    else:
-        state.skipped.append(state.updates)
-    state.optimizer.zero_grad()
-    return norm.item()
 
 
 def learning_rate_scale(update, num_updates, warmup_ratio):
@@ -1028,7 +999,8 @@ def check_problem(problem, processor, config):
     special = processor.tokenizer.added_tokens_decoder.values()
     if found := [token.content for token in special if token.special and token.content in question]:
         raise ValueError(f"the question holds the control tokens {found}")
-    text = prompt_text(chat_messages(problem, config), processor)
+    messages = chat_messages(problem, config)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if text.rstrip().endswith(("<observe>", "<think>", "<answer>")):
         raise ValueError("the chat template begins the response: take its tag out")
     length = len(processor.tokenizer(text)["input_ids"])
@@ -1164,6 +1136,21 @@ def backward(loss):
     (WORLD * loss).backward()  # FSDP averages over the processes; we want the sum
 
 
+def optimizer_step(state, config):
+    """Scale a long gradient down and step, unless it is NaN or infinite. Returns its norm."""
+    scale = learning_rate_scale(state.updates, state.num_updates, config.warmup_ratio)
+    state.optimizer.param_groups[0]["lr"] = config.learning_rate * scale
+    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # from the shards of all processes
+        norm = norm.full_tensor()
+    if torch.isfinite(norm):
+        state.optimizer.step()
+    else:
+        state.skipped.append(state.updates)
+    state.optimizer.zero_grad()
+    return norm.item()
+
+
 def shard(policy):
     """Share the weights out over the processes."""
     if WORLD == 1:
@@ -1174,6 +1161,16 @@ def shard(policy):
     policy()  # FSDP takes the first module that runs for its root, and a rollout runs a layer
     policy.reshard()  # the optimiser must be given the shards
     return policy
+
+
+def zero_of_vision(model):
+    """0, with a gradient of 0 for each weight of the vision tower.
+
+    With several processes FSDP waits for a gradient, also in a pass without pictures, and one
+    process must compute the same as several.
+    """
+    trained = [p for p in model.model.visual.parameters() if p.requires_grad]
+    return 0 * sum(p.flatten()[0] for p in trained)
 
 
 @contextmanager
