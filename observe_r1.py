@@ -318,10 +318,10 @@ def sample(model, prompts, stop, config):
     response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
     response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
     going = lengths == 0  # the responses that have not stopped: all
-    decoder = model.model.language_model
+    decoder, banned = model.model.language_model, vision_tokens(model)
     for t in range(T):
         logits = model.lm_head(hidden).float()  # [rows,V]
-        logits[:, vision_tokens(model)] = -math.inf
+        logits[:, banned] = -math.inf
         if config.temperature == GREEDY:
             token = logits.argmax(-1)
         else:
@@ -748,7 +748,7 @@ def evaluate(model, processor, problems, config, file, rollout=rollout):
     result = mean_scores(rows, ("accuracy", "format", "response_length"))
     result["interval"] = accuracy_interval(result["accuracy"], len(rows))
     correct = [int(sum(row["accuracy"])) for row in rows]
-    result["pass_at_k"] = {str(k): pass_at_k(correct, samples, k) for k in range(1, samples + 1)}
+    result["pass_at_k"] = {k: pass_at_k(correct, samples, k) for k in range(1, samples + 1)}
     return {**result, "n": len(rows)}
 
 
@@ -1442,7 +1442,8 @@ def append_log(file, rows):
 
 
 def write_result(file, content):
-    """Write and print the result of a command."""
+    """Write and print the result of a command, to four digits."""
+    content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
     write_json(file, content)
     say(f"{file}: {json.dumps(content)}")
     return content
