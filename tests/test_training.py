@@ -51,13 +51,13 @@ def test_the_logs_of_a_run(tmp_path):
 
 
 def test_three_bad_updates_in_a_row_end_a_run(few, tmp_path, monkeypatch):
-    """NaN gradients from the fifth pass on; each is logged."""
+    """NaN gradients from the fourth step on; each is logged."""
     calls = []
 
     def poisoned(*arguments):
         calls.append(0)
         loss, metrics = grpo_loss(*arguments)
-        return loss * (math.nan if len(calls) > 4 else 1), metrics
+        return loss * (math.nan if len(calls) > 3 else 1), metrics
 
     monkeypatch.setattr(observe_r1, "grpo_loss", poisoned)
     with pytest.raises(ValueError, match="NaN or infinite gradients in three updates"):
