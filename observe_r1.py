@@ -176,10 +176,10 @@ def mix_ladder(difficulty, complexity, seed=0):
     Returns (order, stage): a permutation of range(n), and the stage 0 to 8 of each position.
 
     Level 0 was always solved, level 8 never; the shares between fall into seven levels of equal
-    width. A stage is as large as its level plus the paper's difference between the two, scaled down
-    where the level is rarer than in the paper. The figure's shares are then scaled, by stages and
-    by levels in turn, until each stage is full and each level used up. Within a level, problems
-    with short responses come first, because they take less reasoning.
+    width. A stage is as large as its level plus the paper's difference between the two. The shares
+    of the paper's figure are scaled, by stages and by levels in turn, until each stage is full and
+    each level used up. Within a level, problems with short responses come first, because they take
+    less reasoning.
     """
     # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
     # then how many of 1,000 problems are of that level, and how many in that stage.
@@ -197,30 +197,29 @@ def mix_ladder(difficulty, complexity, seed=0):
     share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
 
     difficulty = np.asarray(difficulty, dtype=float)
-    level = np.floor(7 * difficulty + 1e-9).astype(int) + (difficulty > 0)  # 7 (1 - 6/7) < 1
+    # 1e-9, because in floats 7 * (1 - 6/7) falls short of 1.
+    level = np.floor(7 * difficulty + 1e-9).astype(int) + (difficulty > 0)
     level_size, n = np.bincount(level, minlength=9), len(level)
-    correction = np.minimum(n, level_size / paper_level)
-    stage_size = level_size + (paper_stage - paper_level) * correction
-    for _ in range(500):
+    surplus = (paper_stage - paper_level) * np.minimum(n, level_size / paper_level)
+    stage_size = level_size + surplus  # of the paper; less where the level is rarer
+    for _ in range(500):  # iterative proportional fitting
         share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
         share *= level_size / share.sum(0).clip(1e-12)
+    ends = np.rint(share.cumsum(0)).astype(int)
+    counts = np.diff(ends, axis=0, prepend=0)  # [stage,level], problems
 
-    # In odd mixtures a stage might vanish, swell, or turn out easier than the one before. Then all
-    # are drawn nearer to their own levels; entirely there, nothing can be wrong.
-    for own in np.linspace(0, 1, 21):
-        mixed = (1 - own) * share + own * np.diag(level_size)
-        ends = np.rint(mixed.cumsum(0)).astype(int)  # [stage,level]
-        counts = np.diff(ends, axis=0, prepend=0)
-        size = counts.sum(1)
-        mean = counts @ np.arange(9) / 8 / size.clip(1)  # difficulty
-        vanishes = (size == 0) & (100 * level_size >= 3 * n)
-        swells = size > 1.6 * level_size + n / 20
-        falls = np.diff(mean[100 * size >= 3 * n]) < -0.02
-        if not (vanishes | swells).any() and not falls.any():
-            break
+    # In small or odd mixtures a stage may vanish, swell, or be easier than the one before. Then
+    # nothing is mixed: each stage is its own level.
+    size = counts.sum(1)
+    vanishes = (size == 0) & (100 * level_size >= 3 * n)
+    swells = size > 1.6 * level_size + n / 20
+    mean = counts @ np.arange(9) / 8 / size.clip(1)  # difficulty
+    falls = np.diff(mean[100 * size >= 3 * n]) < -0.02
+    if (vanishes | swells).any() or falls.any():
+        counts = np.diag(level_size)
 
     # Each level is cut into its parts for the nine stages, and each part spread evenly over its
-    # stage, with some chance: even places could line up with the stride of --max_steps.
+    # stage, plus some chance: the stride of --max_steps might miss what stands at even places.
     by_length = np.lexsort((complexity, level))  # level by level, in each the short ones first
     parts = counts.T.flatten()
     stage = np.tile(np.arange(9), 9).repeat(parts)
@@ -317,7 +316,7 @@ def sample(model, prompts, stop, config):
     P = mask.shape[-1] - T
     response_ids, lengths = position.new_zeros(N, T), position.new_zeros(N)
     response = torch.arange(N, device=model.device)  # the one that each row of the batch writes
-    going = lengths == 0  # the responses that have not stopped: all
+    going = torch.ones_like(lengths, dtype=torch.bool)
     decoder, banned = model.model.language_model, vision_tokens(model)
     for t in range(T):
         logits = model.lm_head(hidden).float()  # [rows,V]
@@ -327,7 +326,7 @@ def sample(model, prompts, stop, config):
         else:
             probabilities = (logits / config.temperature).softmax(-1)
             token = torch.multinomial(probabilities, 1).squeeze(-1)
-        # A finished response writes on until its row leaves the batch, behind its length.
+        # A finished row keeps writing until it leaves the batch; that lies beyond its length.
         response_ids[response, t] = token
         lengths[response] += going
         going = going & ~torch.isin(token, stop)
@@ -427,7 +426,8 @@ def group_advantages(rewards, weights, eps=1e-6):
 
 # ------------------------------------------------------------------------------- log-probabilities
 # log p(token) = z - log sum exp z with z = logits / temperature, as in sampling. The responses of a
-# group share one row of tokens, in which prompt and pictures stand once: less work, still exact.
+# group share one row of tokens, in which prompt and pictures stand once. That is exact, because in
+# `packed_attention` a response sees the prompt and itself alone.
 
 
 def pack_group(inputs, response_ids, mask):
@@ -439,8 +439,8 @@ def pack_group(inputs, response_ids, mask):
     """
     P = inputs["input_ids"].shape[1]
     nth = mask.cumsum(-1)[mask]  # [L]: 1, 2, ... within each response
-    # Rope has three axes. Text advances all of them together, from the largest value that any axis
-    # reached in the prompt, because a picture advances each axis by a different amount.
+    # Rotary positions have three axes. Text advances all of them together, from the largest value
+    # that any axis reached in the prompt; a picture advances each axis by a different amount.
     positions = (inputs["position_ids"].max() + nth).expand(3, 1, -1)
     previous = torch.arange(len(nth), device=mask.device) + P - 1
     predecessors = previous.where(nth > 1, P - 1)  # a first token follows the prompt
@@ -468,7 +468,7 @@ def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
         logits[:, banned] = float("-inf")
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    if len(targets) <= chunk:  # its backward pass follows at once: nothing to gain
+    if len(targets) <= chunk:  # one chunk would be made again at once: nothing to gain
         return log_probs_of(hidden, targets)
     recomputed = torch.utils.checkpoint.checkpoint
     chunks = zip(hidden.split(chunk), targets.split(chunk))
@@ -485,7 +485,7 @@ class Policy(torch.nn.Module):
     def forward(self, rollouts=None, responses=None, temperature=1.0):
         """Log-probabilities [N,T] of N responses; 0 in the padding.
 
-        responses: numbers b of their prompts [N], and g in their groups [N].
+        responses: numbers b of their prompts [N], and g in their groups [N], prompt by prompt.
         """
         if rollouts is None:  # see `shard`
             return None
@@ -521,8 +521,8 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
 # d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
 # 1: this is the policy gradient. It makes the tokens of good responses likelier and those of bad
-# ones less likely; its mean over sampled responses is the direction in which the expected reward
-# rises fastest. Clipping ends the push once a token has moved by 20 % in the direction that its
+# ones less likely; its mean over sampled responses is, but for a positive factor of each group, the
+# direction in which the expected reward rises fastest. Clipping ends the push once a token has moved by 20 % in the direction that its
 # advantage asks for. The KL penalty keeps the policy near the model it started from.
 
 
@@ -543,14 +543,14 @@ def grpo_loss(
     (default N). ref_log_probs may be None: no KL. The metrics are means over the N responses.
 
     KL(policy || reference) is estimated from the sampled token by exp(q) - q - 1, q = log p_ref -
-    log p: never negative, of low variance, unbiased for tokens that the policy sampled (k3 in
-    joschu.net/blog/kl-approx.html).
+    log p: never negative, of low variance, and unbiased while the policy is the one that sampled
+    (k3 in joschu.net/blog/kl-approx.html).
     """
     mask = mask.bool()
 
     def log_ratio(above, below):  # [N,T]
         # 0 in the padding, whatever stands there. The limit keeps exp finite, for infinity times an
-        # advantage of 0 is no number; exp(20) is half a billion, and no update comes near it.
+        # advantage of 0 is not a number; exp(20) is half a billion, and no update comes near it.
         return (above - below).masked_fill(~mask, 0).clamp(-20, 20)
 
     def token_mean(values):  # [N,T] -> [N]
@@ -573,7 +573,7 @@ def grpo_loss(
 # ---------------------------------------------------------------------------------------- training
 # A step samples, scores, weighs, compares and updates, on the next problems of the ladder. Groups
 # whose advantages are all 0 are not passed through the model, but stay in the denominator of the
-# loss: the fewer groups are left, the smaller the gradient (AdamW evens some of that out).
+# loss: the fewer groups are left, the smaller the gradient.
 
 
 def train(config, rollout=rollout):
@@ -595,33 +595,32 @@ def update(state, rollouts, advantages, config):
     advantages = advantages.to(mask.device)
     trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
-    # Not the sampler's own numbers: those round otherwise, and a ratio must start at 1.
+    # Not the sampler's own numbers: those are rounded differently, and a ratio must start at 1.
     old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
-    reference = old  # without a KL penalty it counts for nothing
+    reference = old  # a placeholder: without a KL penalty it is multiplied by 0
     if config.kl_coef:
-        with reference_policy(state) as fixed:
-            reference = fixed_log_probs(fixed, rollouts, trained, config)  # [B,G,T]
+        with reference_policy(state) as base:
+            reference = fixed_log_probs(base, rollouts, trained, config)  # [B,G,T]
 
     policy.train()
     norms, sums = [], np.zeros(3)  # of responses, their KL and clipped share, over all passes
     for num_groups, passes in minibatches(rollouts, trained, config):
         options = (config.clip_range, config.kl_coef, num_groups * config.num_generations)
-        for own in passes:  # its responses
-            log_probs = policy(rollouts, own, config.temperature)  # [N,T]
-            fixed = (old[own], reference[own], advantages[own], mask[own])
-            loss, metrics = grpo_loss(log_probs, *fixed, *options)
+        for responses in passes:  # the numbers of some prompts, and in their groups
+            log_probs = policy(rollouts, responses, config.temperature)  # [N,T]
+            given = (old[responses], reference[responses], advantages[responses], mask[responses])
+            loss, metrics = grpo_loss(log_probs, *given, *options)
             backward(loss)
             if N := len(log_probs):
                 sums += [N, N * metrics["kl"], N * metrics["clip_fraction"]]
-        if passes:  # without a gradient, the optimiser would still move the weights by its momentum
-            norms.append(optimizer_step(state, config))
+        norms.append(optimizer_step(state, config))  # moves nothing where no group is trained
         state.updates += 1
 
-    responses, kl, clipped = sum(gather([sums]))
+    count, kl, clipped = sum(gather([sums]))
     finite = [norm for norm in norms if math.isfinite(norm)]
     return {
-        "kl": kl / max(1, responses) if config.kl_coef else math.nan,
-        "clip_fraction": clipped / max(1, responses),
+        "kl": kl / max(1, count) if config.kl_coef else math.nan,
+        "clip_fraction": clipped / max(1, count),
         "grad_norm": np.mean(finite) if finite else math.nan,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "optimizer_step": state.updates,
@@ -827,7 +826,7 @@ def start(config):
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # areas
     processor = transformers.AutoProcessor.from_pretrained(config.model, size=size)
     if type(processor) is not transformers.Qwen2_5_VLProcessor:
-        raise ValueError(f"--model {config.model} is no Qwen2.5-VL")
+        raise ValueError(f"--model {config.model} is not a Qwen2.5-VL")
     problems = load_problems(config.data, processor, config)
     held_out = load_problems(config.eval_data, processor, config) if config.eval_data else None
     write_json(output / "config.json", options)
@@ -850,7 +849,7 @@ def add_adapters(model, config):
     rank = config.lora_rank
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     # Without a gradient at its input, FSDP would reduce the first layer in another order in passes
-    # without pictures, and the processes would wait for each other for ever.
+    # without pictures, and the processes would wait for each other forever.
     model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
     return peft.get_peft_model(model, lora)
 
@@ -963,10 +962,10 @@ def load_problems(file, processor, config):
     try:
         kinds = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(file)}
         wrong = {"images", "question", "answer"} - kinds.keys() | kinds.keys() - COLUMNS.keys()
-        # A number is no text: would it be 1.1, or 1.100000023?
+        # A number is not text: would it be 1.1, or 1.100000023?
         wrong |= {name for name in TEXTS & kinds.keys() if "string" not in kinds[name]}
         if wrong:
-            raise ValueError(f"the columns {sorted(wrong)} are missing, unknown or no text")
+            raise ValueError(f"the columns {sorted(wrong)} are missing, unknown or not text")
         features = datasets.Features({name: COLUMNS[name] for name in kinds})
         folder = f"{config.output_dir}/data"  # shared by all processes
         problems = datasets.Dataset.from_parquet(file, features=features, cache_dir=folder)
@@ -1091,7 +1090,7 @@ def fixed_log_probs(policy, rollouts, prompts, config):
     with torch.no_grad(), unsharded(policy):
         # At least one pass, of prompt 0 if none is trained: FSDP fetches layers ahead in the order
         # of the last pass. A process that made none here would follow the sampler's order and ask
-        # for another layer than the rest, and all would wait for ever.
+        # for another layer than the rest, and all would wait forever.
         return response_log_probs(policy, rollouts, config, prompts or [0])
 
 
@@ -1120,7 +1119,7 @@ def minibatches(rollouts, trained, config):
 
     All are of nearly the same size: a rest of one group would count as much as eight elsewhere.
     Prompt b of process r is number b * WORLD + r of the step. All processes must run the model
-    equally often, or FSDP waits for ever: who has fewer passes makes some of no responses, whose
+    equally often, or FSDP waits forever: who has fewer passes makes some of no responses, whose
     gradient is 0.
     """
     total = sum(gather([len(rollouts.prompts)]))
@@ -1416,7 +1415,7 @@ def read_json(file):
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object: {error}") from error
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
 
 
 def write_json(file, content):

@@ -11,9 +11,9 @@ answers with a table of spellings, a parser and a comparison. What `answers_matc
     equation    x = 5   180 - 45 = 135   a + b = 3 + 4 = 7   \sqrt7 \approx 2.646   y = 2x + 1
     inequality  x \geq 5   5 <= x   1 < x < 3   x \in [1,3)   x < 1 or x > 3
     list        (2, 3)   [1, 2)   {2, 1}   3 and -3   1 \pm \sqrt2   (1,2) \cup (3,4)   \begin{pmatrix}
-    ratio       4:6 is 2:3 and 2/3, but 3:1 is not 3; times such as 12:00 are no ratios
+    ratio       4:6 is 2:3 and 2/3, but 3:1 is not 3; times such as 12:00 are not ratios
     range       16-20   16 to 20     never a subtraction
-    statement   The area is 12 cm.   There are 5 red balls.   Perimeter: 12     one value, no doubt
+    statement   The area is 12 cm.   There are 5 red balls.   Perimeter: 12     if it states one value
     text        everything else; case, articles and outer punctuation do not count
 
 Values are exact fractions where they can be. Expressions with letters are equal if they agree at
@@ -74,7 +74,7 @@ def bonus_rewards(
 
     The floor keeps "be short" from becoming "do not reason": if the shortest correct response does
     not exceed it, nobody gets the bonus, not even a longer response. Ties go to the first. A length
-    counts the tokens of a response with its stop token. ValueError if the arguments are no group.
+    counts the tokens of a response with its stop token. ValueError if they are not those of one group.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]
@@ -133,7 +133,7 @@ def extract_answer(response: str) -> str | None:
     complete = re.findall(r"(?s)<answer>((?:(?!</?answer>).)*)</answer>", response)
     if complete:
         return complete[-1]
-    # A </think> that is left over closes a thought that the prompt has opened.
+    # A </think> that is left over closes a thought that another trainer's prompt has opened.
     outside = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", " ", response).rpartition("</think>")[2]
     _, boxed, rest = outside.rpartition(r"\boxed{")
     depth = 1

@@ -137,7 +137,7 @@ def test_values_of_another_type_or_below_the_least_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("content", ['{"seed": ', "[1]", '"seed"', "", '{"sigmas": 1}'])
 def test_files_of_options_that_are_none(content, tmp_path):
-    with pytest.raises(ValueError, match=r"options.json(: unknown .*sigmas| is no JSON object: )"):
+    with pytest.raises(ValueError, match=r"options.json(: unknown .*sigmas| is not a JSON object: )"):
         parse_arguments(options_file(tmp_path, content))
 
 
@@ -230,7 +230,7 @@ def test_models_that_cannot_be_used(fault, data, tmp_path, main):
         for file in model.glob("*_config.json"):
             file.write_text(file.read_text().replace("Qwen2_5_VLProcessor", "Qwen2VLProcessor"))
     message = main(*command_line(run_config(data, tmp_path / "run", model=str(model))))
-    assert re.fullmatch("observe_r1: .*(is no Qwen2.5-VL|[Hh]eader).*", message), message
+    assert re.fullmatch("observe_r1: .*(is not a Qwen2.5-VL|[Hh]eader).*", message), message
 
 
 @pytest.mark.parametrize("error", [None, ValueError("told"), TypeError("ours")])

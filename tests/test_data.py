@@ -54,11 +54,11 @@ def load(tmp_path, processor):
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"answer": None}, r"columns \['answer'\] are missing, unknown or no text"),
+        ({"answer": None}, r"columns \['answer'\] are missing, unknown or not text"),
         ({"images": None, "image": "a.png"}, r"columns \['image', 'images'\] are missing"),
         ({"image": "a.png", "options": "A"}, r"columns \['image', 'options'\] are "),
-        ({"answer": 3}, "are missing, unknown or no text"),
-        ({"answer": 1.1}, "are missing, unknown or no text"),
+        ({"answer": 3}, "are missing, unknown or not text"),
+        ({"answer": 1.1}, "are missing, unknown or not text"),
         ({"question": [{"text": "q"}]}, "cast"),
         ({"difficulty": "hard"}, "hard"),
     ],
