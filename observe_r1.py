@@ -98,7 +98,7 @@ class Config:
     max_new_tokens: int = 8192  # length cap of a response, at least 1
     min_pixels: int = 3136  # smaller pictures are enlarged to this area, at least 1
     max_pixels: int = 2560000  # larger pictures are reduced to this area, at least 1
-    cache_gb: float = 0.0  # GB of key/value cache (0: most of what is free), at least 0
+    cache_gb: float = 0.0  # GB of key/value cache (0: 60 % of what is free), at least 0
     system_prompt: str = ""  # replaces the built-in system prompt
 
     observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
@@ -260,8 +260,8 @@ def ladder(config):
     kept = select_problems(difficulty, complexity)
     order, stage = mix_ladder(difficulty[kept], complexity[kept], config.seed)
     chosen = kept[order]
-    mixed = raw.select(unsolved[chosen]).remove_columns(list({*LADDER} & {*raw.features}))
-    for name, values in zip(LADDER, (difficulty[chosen], complexity[chosen], stage)):
+    mixed = raw.select(unsolved[chosen]).remove_columns(list({*LADDER_COLUMNS} & {*raw.features}))
+    for name, values in zip(LADDER_COLUMNS, (difficulty[chosen], complexity[chosen], stage)):
         mixed = mixed.add_column(name, values)
     if RANK == 0:
         mixed.to_parquet(output / "ladder.parquet")
@@ -357,8 +357,9 @@ def rollout(model, processor, problems, config) -> Rollouts:
     prompts = encode_prompts(problems, processor, config)
     stop = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
     P = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    group_bytes = config.num_generations * (P + config.max_new_tokens) * cache_bytes(model.config)
-    size = max(1, int(cache_memory(config) / group_bytes))
+    # A prompt's own forward pass takes some six times the memory of its keys and values.
+    tokens = max(config.num_generations * (P + config.max_new_tokens), 7 * P)
+    size = max(1, int(cache_memory(config) / (tokens * cache_bytes(model.config))))
     parts = []
     for first in range(0, len(prompts), size):
         with AUTOCAST:
@@ -379,6 +380,7 @@ def rollout(model, processor, problems, config) -> Rollouts:
 # reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
 # the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
+# Subtracting the mean lowers the noise, and no more: it is the same for all responses.
 # What std and weight do together: for rewards of 0 and 1 the std is about sqrt(p (1 - p)). Divided
 # by it, all groups have advantages of the same size (in root mean square), so that one success
 # among eight gets 2.5. The weight is 4 sigma std squared, so that 4 sigma std remains: most where
@@ -595,12 +597,14 @@ def update(state, rollouts, advantages, config):
     advantages = advantages.to(mask.device)
     trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
-    # Not the sampler's own numbers: those are rounded differently, and a ratio must start at 1.
-    old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
-    reference = old  # a placeholder: without a KL penalty it is multiplied by 0
+    reference = None
     if config.kl_coef:
         with reference_policy(state) as base:
             reference = fixed_log_probs(base, rollouts, trained, config)  # [B,G,T]
+    # Not the sampler's own numbers: those are rounded differently, and a ratio should start at 1.
+    old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
+    if reference is None:
+        reference = old  # a placeholder: without a KL penalty it is multiplied by 0
 
     policy.train()
     norms, sums = [], np.zeros(3)  # of responses, their KL and clipped share, over all passes
@@ -725,7 +729,7 @@ def accuracy_interval(accuracy, n):
     z2 = 1.96**2
     middle = accuracy + z2 / (2 * n)
     half = math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n**2)))
-    return [(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)]
+    return [(middle + side) / (1 + z2 / n) for side in (-half, half)]
 
 
 def pass_at_k(num_correct, num_samples, k):
@@ -950,11 +954,11 @@ def finish_run(state, config, rollout):
 # One format, which tools/convert.py makes of all others: a Parquet file with these columns, of
 # which the first three must be there.
 
-LADDER = ("difficulty", "complexity", "stage")  # the columns that the ladder command adds
+LADDER_COLUMNS = ("difficulty", "complexity", "stage")  # the columns that the ladder command adds
 COLUMNS = {"images": datasets.List(datasets.Image(decode=False))}
 TEXTS = {"question", "answer", "id", "category"}
 COLUMNS |= dict.fromkeys(TEXTS, datasets.Value("string"))
-COLUMNS |= dict.fromkeys(LADDER, datasets.Value("float64"))
+COLUMNS |= dict.fromkeys(LADDER_COLUMNS, datasets.Value("float64"))
 
 
 def load_problems(file, processor, config):
@@ -976,7 +980,7 @@ def load_problems(file, processor, config):
     for row in range(RANK, len(problems), WORLD):
         try:
             check_problem(problems[row], processor, config)
-        except (ValueError, OSError, Image.DecompressionBombError) as error:
+        except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
             faults.append(f"row {row}: {error}")
     faults = gather(faults)
     if faults or not len(problems):
@@ -1095,15 +1099,17 @@ def fixed_log_probs(policy, rollouts, prompts, config):
 
 
 def plan_passes(rollouts, prompts, config):
-    """The responses of each pass: as many as --token_budget holds, their prompts included.
+    """The responses of each pass: as many groups as --token_budget holds, or a part of one.
 
     A pass is two lists, the numbers b of the prompts and g in their groups, one of each a response.
     """
     passes, room = [], 0
     for b in prompts:
-        P = rollouts.prompts[b]["input_ids"].shape[1]
-        cost = P  # once in a pass
-        for g, length in enumerate(rollouts.mask[b].sum(-1).tolist()):
+        P = cost = rollouts.prompts[b]["input_ids"].shape[1]  # once in a pass
+        lengths = rollouts.mask[b].sum(-1).tolist()
+        if P + sum(lengths) > room:  # a group that would be torn begins a pass
+            room = 0
+        for g, length in enumerate(lengths):
             if cost + length > room:
                 passes.append(([], []))
                 room, cost = config.token_budget, P
@@ -1168,8 +1174,7 @@ def zero_of_vision(model):
     With several processes FSDP waits for a gradient, also in a pass without pictures, and one
     process must compute the same as several.
     """
-    trained = [p for p in model.model.visual.parameters() if p.requires_grad]
-    return 0 * sum(p.flatten()[0] for p in trained)
+    return 0 * sum(parameter.flatten()[0] for parameter in model.model.visual.parameters())
 
 
 @contextmanager
@@ -1253,11 +1258,11 @@ def packed_attention(module, query, key, value, groups, **options):
     parts = iter(zip(*(x.to(value.dtype).split(lengths, 2) for x in (query, key, value))))
     outputs = []
     for group in groups:
-        _, *prompt = q, k, v = next(parts)
-        for nth in range(len(group)):
-            if nth:  # a response
-                q, *own = next(parts)
-                k, v = (torch.cat(pair, 2) for pair in zip(prompt, own))
+        prompt = None  # its keys and values, once it is done
+        for _ in group:
+            q, *own = next(parts)
+            k, v = (torch.cat(pair, 2) for pair in zip(prompt, own)) if prompt else own
+            prompt = prompt or own
             causal = causal_lower_right(q.shape[2], k.shape[2])
             output = scaled_dot_product_attention(
                 q, k, v, causal, scale=options["scaling"], enable_gqa=True
@@ -1320,11 +1325,14 @@ def cache_bytes(shapes):
 
 
 def cache_memory(config):
-    """Bytes for the key/value cache of a rollout."""
+    """Bytes for the key/value cache of a rollout.
+
+    Of what is free, the rest is for autocast's copies of the weights, and for logits.
+    """
     if config.cache_gb or not ACCELERATOR:
         return 1e9 * (config.cache_gb or 8)
     unused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
-    return 0.8 * (torch.accelerator.get_memory_info()[0] + unused)
+    return 0.6 * (torch.accelerator.get_memory_info()[0] + unused)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -1354,7 +1362,7 @@ def save_checkpoint(state):
 
 def restore(state):
     """Go on from the newest whole checkpoint, whatever the number of processes that wrote it."""
-    folders = [Path(folder) for folder in sort_checkpoints(state.output)]
+    folders = map(Path, sort_checkpoints(state.output))
     whole = [folder for folder in folders if (folder / ".metadata").exists()]
     if not whole:
         raise ValueError(f"{state.output} holds no whole checkpoint; --overwrite true starts anew")

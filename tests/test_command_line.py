@@ -137,7 +137,9 @@ def test_values_of_another_type_or_below_the_least_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("content", ['{"seed": ', "[1]", '"seed"', "", '{"sigmas": 1}'])
 def test_files_of_options_that_are_none(content, tmp_path):
-    with pytest.raises(ValueError, match=r"options.json(: unknown .*sigmas| is not a JSON object: )"):
+    with pytest.raises(
+        ValueError, match=r"options.json(: unknown .*sigmas| is not a JSON object: )"
+    ):
         parse_arguments(options_file(tmp_path, content))
 
 

@@ -96,6 +96,13 @@ def in_two_processes():
     run(train, uneven_config("by_one", resume=True))
     if "lora" in WAYS:
         run(train, uneven_config("lora", **WAYS["lora"], max_steps=2))
+        fp32 = observe_r1.DTYPE, observe_r1.AUTOCAST
+        observe_r1.DTYPE, observe_r1.AUTOCAST = (
+            torch.bfloat16,
+            torch.autocast("cpu", torch.bfloat16),
+        )
+        run(train, uneven_config("bf16", **WAYS["lora"], max_steps=1))
+        observe_r1.DTYPE, observe_r1.AUTOCAST = fp32
     run(train, uneven_config("small", prompts_per_step=1))
     run(observe_r1.ladder, uneven_config("ladder", prompts_per_step=4))
     run(observe_r1.evaluate_model, uneven_config("eval", prompts_per_step=4))

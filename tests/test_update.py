@@ -210,7 +210,7 @@ def test_chunks_of_the_vocabulary_are_exact(n, dtype, tolerance):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_plan_passes(seed):
-    """Each response once, in order; a pass is filled until the next response does not fit."""
+    """Each response once, in order; a group is torn only if no pass holds it whole."""
     random = np.random.default_rng(seed)
     B, G = int(random.integers(1, 5)), int(random.integers(1, 17))
     lengths = np.minimum(random.lognormal(5, 1, (B, G)).astype(int) + 1, 2000)
@@ -228,7 +228,11 @@ def test_plan_passes(seed):
 
     for responses, following in zip(passes, [*passes[1:], None]):
         assert tokens(responses) <= budget or len(responses) == 1
-        assert following is None or tokens([*responses, following[0]]) > budget
+        if following:
+            (b, g), group = following[0], [(following[0][0], g) for g in range(G)]
+            torn = tokens(group) > budget  # else it begins a pass because the rest is too small
+            assert tokens([*responses, *(group if g == 0 else following[:1])]) > budget
+            assert g == 0 or torn
 
 
 # -------------------------------------------------------------------------------- the vision tower
