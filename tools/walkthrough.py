@@ -631,7 +631,7 @@ def describe(value, depth=0):
         more = " …" if value.numel() > MOST else ""
         return f"<i>{shape(value)}</i> {' '.join(numbers)}{more}"
     if isinstance(value, Image.Image):
-        return f'<img alt="picture" src="{report.data_uri(value)}">'
+        return report.picture_html(value)
     if isinstance(value, (str, int, float, Path, type(None))):
         return short(value)
     if dataclasses.is_dataclass(value):
