@@ -1,6 +1,7 @@
 """The README's figures (tools/figures.py): what they show equals an independent calculation."""
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("matplotlib")
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "tools"))
 import figures
+from figures import ablate
 
 SHARES = """
     .29 .18  .19  .19  .17  0    0    0    0
@@ -33,15 +35,14 @@ def texts_of(svg):
 
 
 def axes_of(name):
-    return figures.FIGURES[name]().axes
+    return getattr(figures, name)().axes
 
 
 def test_ladders_hold_each_problem_once_and_the_first_has_the_papers_shares():
     shares = []
     for axes, levels in zip(axes_of("ladder"), figures.LADDERS.values(), strict=True):
-        counts = np.zeros((9, 9))
-        for bar in axes.patches:
-            counts[tuple(map(int, bar.get_label().split()))] = bar.get_height() * bar.get_width()
+        areas = [bar.get_height() * bar.get_width() for bar in axes.patches]
+        counts = np.reshape(areas, (9, 9))  # [stage,level]
         assert counts.sum(0) == pytest.approx(levels)
         sizes = counts.sum(1)
         means = counts @ np.arange(9) / sizes
@@ -80,19 +81,16 @@ def test_mask_shows_the_prompt_and_the_own_response():
     assert labels == "p1 p2 p3 p4 a1 a2 a3 b1 b2 c1 c2 c3 c4"
 
 
-def test_clip_is_the_minimum_and_its_flat_parts_are_dashed():
+def test_clip_is_the_minimum_and_where_it_is_flat_only_dashed():
     (axes,) = axes_of("clip")
-    lines = [line for line in axes.lines if len(line.get_xdata()) > 100]
-    assert len(lines) == 4
-    for line, advantage, dashed in zip(lines, (1, 1, -1, -1), (False, True, False, True)):
-        assert line.is_dashed() == dashed
-        ratio, objective = map(np.array, line.get_data())
+    for advantage, dashed, solid in ((1, *axes.lines[:2]), (-1, *axes.lines[2:])):
+        assert dashed.is_dashed() and not solid.is_dashed()
+        ratio, objective = map(np.array, dashed.get_data())
         expected = np.minimum(ratio * advantage, ratio.clip(0.8, 1.2) * advantage)
-        shown = ~np.isnan(objective)
-        assert objective[shown] == pytest.approx(expected[shown], abs=1e-5)
+        assert objective == pytest.approx(expected, abs=1e-5)
         corner = 1 + 0.2 * advantage
-        flat = advantage * ratio > advantage * corner
-        assert ((flat == dashed) == shown)[abs(ratio - corner) > 1e-3].all()
+        moves = advantage * ratio < advantage * corner
+        assert (moves == ~np.isnan(solid.get_ydata()))[abs(ratio - corner) > 1e-3].all()
 
 
 def results(tmp_path, monkeypatch):
@@ -138,34 +136,56 @@ def test_rollouts_show_every_response_as_it_is(tmp_path, monkeypatch):
     row = {"question": "cost $1 or $2?", "answer": "3", "pictures": picture, **sides}
     (tmp_path / "rollouts.json").write_text(json.dumps([row]))
     monkeypatch.setattr(figures, "TOY", tmp_path)
-    svg = figures.card_svg(figures.rollouts(), "rollouts")
+    svg = figures.card_svg(figures.rollouts)
     texts = texts_of(svg)
     assert "cost $1 or $2?  (3)" in texts and "✗ a $x$ < b" in texts
     assert texts[-2].removeprefix("✓ ") + texts[-1].lstrip() == long
 
 
-def test_the_committed_figures_are_what_the_code_draws(tmp_path):
+@pytest.mark.parametrize("drawing", figures.FIGURES)
+def test_the_committed_figures_are_what_the_code_draws(drawing):
     """Each file is there, of sane size, dark where wanted, and drawn twice the same."""
-    for name, drawing in figures.FIGURES.items():
-        svg = figures.card_svg(drawing(), name)
-        assert svg == figures.card_svg(drawing(), name)
-        assert len(svg.encode()) < 100_000
-        assert "prefers-color-scheme: dark" in svg
-        for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):
-            colour = text.get("style").partition("fill: ")[2][:7]  # none would be black
-            assert f'[style*="fill: {colour}"]' in svg, text.text
-        committed = HERE / "toy" / "figures" / f"{name}.svg"
-        assert texts_of(committed.read_text()) == texts_of(svg), f"tools/figures.py {name}"
+    svg = figures.card_svg(drawing)
+    assert svg == figures.card_svg(drawing)
+    assert len(svg.encode()) < 100_000
+    assert "prefers-color-scheme: dark" in svg
+    for text in re.findall("<text [^>]*>", svg):
+        assert any(f"fill: {colour}" in text for colour in figures.report.DARK), text
+    committed = HERE / "toy" / "figures" / f"{drawing.__name__}.svg"
+    assert texts_of(committed.read_text()) == texts_of(svg)
 
 
-def test_missing_results_and_unknown_names_end_in_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "TOY", tmp_path)
-    words = ["figures.py", "weight", "accuracy", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match="ablations.json is missing: toy/ablate.py writes it"):
-        figures.main()
-    assert (tmp_path / "weight.svg").exists()
-    monkeypatch.setattr(sys, "argv", ["figures.py", "weigth"])
-    with pytest.raises(SystemExit):
-        figures.main()
-    assert "no figure is called weigth" in capsys.readouterr().err
+# ------------------------------------------------------------------------------- toy/ablate.py
+
+
+def test_paired_difference_and_its_interval_by_hand():
+    """Differences -.01, +.01, +.01: mean .0033, deviation .011547; 4.303 is t of two degrees."""
+    mean, half = ablate.paired_difference([0.69, 0.73, 0.72], [0.70, 0.72, 0.71])
+    assert mean == pytest.approx(0.01 / 3)
+    assert half == pytest.approx(4.303 * 0.011547 / 3**0.5, rel=1e-3)
+
+
+def test_habits_are_counted_by_response():
+    texts = {
+        "<answer>3</answer>": 0.0,
+        "<think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3 again:3</think><answer>3</answer>": 0.0,
+    }
+    before = {"responses": [*texts], "accuracy": [*texts.values()]}
+    after = {"responses": [[*texts][2]] * 2, "accuracy": [1.0, 0.0]}
+    assert ablate.habit_table([before], [after]).splitlines()[2:] == [
+        "| answers at once | 0.250 | 0.00 | 0.000 | - |",
+        "| observes, thinks | 0.250 | 1.00 | 1.000 | 0.50 |",
+        "| observes, thinks, checks | 0.250 | 0.00 | 0.000 | - |",
+        "| thinks without observing | 0.250 | 1.00 | 0.000 | - |",
+    ]
+
+
+def test_a_run_kept_from_other_options_is_refused(tmp_path):
+    words = ablate.arguments("no bonus", 1, tmp_path)
+    kept = vars(ablate.observe_r1.parse_arguments(words)[1])
+    (tmp_path / "config.json").write_text(json.dumps({**kept, "output_dir": "elsewhere"}))
+    ablate.check_options("no bonus", 1, tmp_path)
+    with pytest.raises(ValueError, match="--seed 1, not 2"):
+        ablate.check_options("no bonus", 2, tmp_path)
