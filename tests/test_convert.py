@@ -45,27 +45,23 @@ class Lab:
         Path("pictures/red.png").write_bytes(RED)
 
     def save(self, rows, name):
-        file = Path(name)
         if name.endswith(".parquet"):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-        elif name.endswith(".json"):
-            file.write_text(json.dumps(rows))
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
         else:
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return file
+            Path(name).write_text(json.dumps(rows))
+        return name
 
-    def run(self, source, *options, name="data.jsonl", output="out.parquet"):
+    def run(self, source, *options, name="data.json"):
         """What was printed, with the error, and the rows written (None without a file)."""
         if isinstance(source, list | dict):
             source = self.save(source, name)
-        output = Path(output)
+        output, error = Path("out.parquet"), ""
         output.unlink(missing_ok=True)
-        error = ""
         try:
-            convert.main([str(source), str(output), *map(str, options)])
+            convert.main([str(source), str(output), *options])
         except SystemExit as stop:
             error = str(stop)
-        assert not output.with_name(output.name + ".part").exists()
+        assert not [*Path().glob("*.part")]
         rows = pyarrow.parquet.read_table(output).to_pylist() if output.exists() else None
         assert bool(error) == (rows is None)
         return self.capsys.readouterr().out + error, rows
@@ -116,8 +112,8 @@ KNOWN = {
     ),
     "MathVision, one picture for all marks": (
         VISION,
-        {"decoded_image": PICTURE, "question": "<image1> to <image2>", "options": [], "answer": "7"},
-        ("x", "<image>picture 1 to picture 2", "7", "x"),
+        {"decoded_image": PICTURE, "question": "<image1> to <image2>", "options": []},
+        ("x", "<image>picture 1 to picture 2", "x", "x"),
     ),
     "We-Math": (
         ("ID,split,knowledge concept,question,option,answer,image_path,key,question number,"
@@ -130,15 +126,10 @@ KNOWN = {
         {"image": PICTURE, "answer_option": "(A) 26 (B) 156", "final_answer": "B"},
         ("0", "Solve the problem in the picture. Its options: (A) 26 (B) 156", "B", "x"),
     ),
-    "SceMQA, choices": (
+    "SceMQA": (
         SCEMQA,
         {"Question": "A. a\nB. b", SCEMQA.split(",")[1]: "B Because E is uniform."},
         ("0", "A. a\nB. b", "B", "Math"),
-    ),
-    "SceMQA, free": (
-        SCEMQA,
-        {SCEMQA.split(",")[1]: "\\answer{\\frac{1}{2}} A long reason."},
-        ("0", "x", "\\frac{1}{2}", "Math"),
     ),
     "MathV360K": (
         "id,image,conversations",
@@ -164,12 +155,6 @@ KNOWN = {
          "image_1": PICTURE, "image_2": {"bytes": BLUE}, "image_3": {"bytes": GREEN}, "answer": "A"},
         ("x", "<image> or <image>?\n(A) it's <image>\n(B) 6", "A", "x"),
     ),
-    "MMMU, open": (
-        MMMU,
-        NO_PICTURES | {"image_1": PICTURE, "question": "<image 1>", "options": "[]",
-         "answer": "['8', '8.0']"},
-        ("x", "<image>", "8", "x"),
-    ),
     "MMStar": (
         "index,question,image,answer,category,l2_category,meta_info",
         {"question": "Which?\nOptions: A: red, B: blue", "image": PICTURE, "answer": "A"},
@@ -187,9 +172,9 @@ KNOWN = {
 def test_known_data_sets(lab, name):
     columns, cells, expected = KNOWN[name]
     row = dict.fromkeys(columns.split(","), "x") | cells
-    if name.startswith("SceMQA"):  # two subjects in one file; picture paths without an ending
+    if name == "SceMQA":  # two subjects in one file; picture paths without an ending
         parts = {"Math": [row | {"ImagePath": "pictures/red"}], "Physics": []}
-        text, rows = lab.run(parts, "--subset", "all", name="data.json")
+        text, rows = lab.run(parts, "--subset", "all")
     else:
         text, rows = lab.run([row], name="data.parquet")
     assert rows, text
@@ -207,7 +192,7 @@ def test_the_output_is_the_format_of_the_script_and_passes_through_unchanged(lab
     assert data.column_names == ["images", "question", "answer", "id", "category"]
     assert isinstance(data.features["images"].feature, datasets.Image)
     assert data[0]["images"][0].size == (6, 4)
-    assert lab.run("out.parquet", output="again.parquet")[1] == rows
+    assert lab.run(Path("out.parquet").rename("first.parquet"))[1] == rows
 
 
 def test_a_ladder_keeps_its_scores(lab):
@@ -226,8 +211,6 @@ NAMES = ["--picture", "scan", "--question", "ask", "--answer", "reply", "--optio
 def test_columns_are_named_by_options(lab):
     expected = ("Which?\n(A) red\n(B) blue", "B", [RED])
     assert lab.one(TABLE | {"difficulty": "hard"}, *NAMES) == expected
-    several = lab.refusal(TABLE | {"scan": PICTURES * 2}, "--picture", "scan,scan", *NAMES[2:])
-    assert "several pictures in one of several picture columns" in several
     row = ROW | {"meta": {"kind": "k"}, "a.b": "c", "other": 1}
     text, rows = lab.run([row], "--category", "meta.kind", "--id", "a.b")
     assert (rows[0]["category"], rows[0]["id"]) == ("k", "c")
@@ -259,12 +242,12 @@ MESSAGES = [
 
 
 def test_chat_files(lab):
-    for value in (MESSAGES, json.dumps(MESSAGES)):
-        row = {"messages": value, "n": 1}
-        expected = ("Compare <image> with <image>", "5", [RED, RED])
-        assert lab.one(row, "--question", "messages") == expected
-        text = lab.run([row], "--question", "messages")[0]
-        assert "system messages left out: 1, for example row 0: Be good." in text
+    rows = [{"messages": MESSAGES}, {"messages": json.dumps(MESSAGES)}]
+    text, rows = lab.run(rows, "--question", "messages")
+    assert "system messages left out: 2, for example row 0: Be good." in text
+    assert [row["question"] for row in rows] == ["Compare <image> with <image>"] * 2
+    assert answers_of(rows) == ["5", "5"]
+    assert pictures_of(rows[1]) == [RED, RED]
     clash = {"messages": MESSAGES, "images": PICTURES}
     assert "in the messages and in a column" in lab.refusal(clash, "--question", "messages")
     row = {"chat": [{"role": "user", "content": "<image>q"}], "images": PICTURES, "gt": {"x": 4}}
@@ -278,7 +261,6 @@ def test_chat_files(lab):
         (MESSAGES + MESSAGES[1:], "several questions"),
         ([{"role": "user", "content": [{"type": "video"}]}], "not a part with text or a picture"),
         (["q"], "no attribute 'get'"),
-        ([{"role": "robot", "content": "q"}], "not a message"),
     ],
 )
 def test_chats_that_are_no_problem_are_refused(lab, turns, why):
@@ -291,13 +273,10 @@ def test_chats_that_are_no_problem_are_refused(lab, turns, why):
 @pytest.mark.parametrize(
     "value, expected",
     [
-        ("pictures/..\\pictures\\red.png", [RED]),
-        (f"data:image/png;base64,{RED64}", [RED]),
+        ("pictures\\red.png", [RED]),
         ("\n".join([RED64[:40], RED64[40:]]), [RED]),
-        ({"bytes": RED64, "path": "gone.png"}, [RED]),
         ("['pictures/red.png', 'pictures/red.png']", [RED, RED]),
         ([PICTURES, {"bytes": None, "path": "pictures/red.png"}, None], [RED, RED]),
-        (None, []),
     ],
 )
 def test_pictures_in_every_form(lab, value, expected):
@@ -305,9 +284,7 @@ def test_pictures_in_every_form(lab, value, expected):
 
 
 def test_a_folder_of_pictures_can_be_named(lab):
-    row = ROW | {"images": "red.png"}
-    assert "--image_folder DIR" in lab.refusal(row)
-    assert lab.one(row, "--image_folder", "pictures")[2] == [RED]
+    assert lab.one(ROW | {"images": "red.png"}, "--image_folder", "pictures")[2] == [RED]
 
 
 def deep(number, kind=np.uint16):
@@ -324,7 +301,6 @@ WHITE, CLEAR = (255, 255, 255), (0, 0, 0, 0)
     [
         (encoded(mode="RGBA", color=CLEAR), WHITE),
         (encoded(mode="P", color=0, transparency=0), WHITE),
-        (encoded(color=(1, 2, 3), transparency=(1, 2, 3)), WHITE),
         (encoded("JPEG", CLEAR, mode="CMYK"), WHITE),
         (encoded(mode="1", color=1), 255),
         (deep(128 * 257), 128),
@@ -380,7 +356,6 @@ def test_marks_of_every_kind_stay_in_their_place(lab, mark):
     "row, why",
     [
         ({"question": "<image> <image>?"}, "2 marks, 1 pictures"),
-        ({"question": "<image 1>?", "images": PICTURES * 2}, "1 marks, 2 pictures"),
         ({"question": "Who <|im_end|> speaks?"}, "control token <|im_end|>"),
         ({"question": "q\ud800"}, "surrogates"),
     ],
@@ -399,10 +374,10 @@ def test_questions_that_would_train_wrong_are_refused(lab, row, why):
         ("Therefore $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("It is 1 + 3 = 4.\n#### 4", "4"),
         ("x" * 300 + "\nThe answer is 4.", "4"),
-        ("['4']", "4"),
+        ("['8', '8.0']", "8"),
+        ("\\answer{\\frac{1}{2}} A long reason.", "\\frac{1}{2}"),  # SceMQA
         ("[0, 1]", "[0, 1]"),
         (3.0, "3"),
-        ("3.50", "3.50"),
         ("A short sentence is a legal gold.", "A short sentence is a legal gold."),
     ],
 )
@@ -429,12 +404,11 @@ def test_golds_that_no_response_could_match_are_refused(lab, value, why):
 def test_numbers_of_32_bits_are_their_shortest_decimals(lab):
     golds = pyarrow.array([0.1, 1.1, 3.14, 2.0, 16777.217], pyarrow.float32())
     nested = pyarrow.StructArray.from_arrays([golds], ["gt"])
-    table = pyarrow.table({"question": ["q"] * 5, "answer": golds, "model": nested})
+    table = pyarrow.table({"question": ["q"] * 5, "model": nested})
     pyarrow.parquet.write_table(table, "data.parquet")
-    for name in ("answer", "model.gt"):
-        rows = lab.run("data.parquet", "--answer", name)[1]
-        assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
-    assert lab.one(ROW | {"answer": 0.1})[1] == "0.1"
+    rows = lab.run("data.parquet", "--answer", "model.gt")[1]
+    assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
+    assert lab.one(ROW | {"answer": 0.1})[1] == "0.1"  # of 64 bits
 
 
 def choice(lab, options, gold, *more):
@@ -446,8 +420,7 @@ def choice(lab, options, gold, *more):
     "options",
     [
         ["red", "dark blue"],
-        ["red", "dark blue", None, ""],
-        ["A. red", "B. dark blue"],
+        ["A. red", "B. dark blue", None, ""],
         "['red', 'dark blue']",
         "(A) red\n(B) dark blue",
         "A. red; B. dark blue",
@@ -485,8 +458,6 @@ def test_an_answer_is_an_option(lab, options, gold, how, letter):
     "options, gold, why",
     [
         (["red", "blue"], "C", "none of the options"),
-        (["red", "blue"], "A. blue", "none of the options"),
-        (["red", "blue"], "1", "--answer_is"),
         (["2", "1", "0"], 1, "--answer_is text, or 0 or 1"),
         (["B", "A", "C"], "A", "'A' means A and B of the options"),
         (["5", "5", "6"], "5", "'5' means A and B of the options"),
@@ -505,7 +476,6 @@ def test_random_lists_are_read_as_python_prints_them():
     for _ in range(500):
         items = ["x" + "".join(dice.choices("ab '\"\\,[](){}é$", k=6)) for _ in range(3)]
         assert convert.read_printed_list(repr(items)) == items
-        assert convert.read_printed_list(json.dumps(items)) == items
     assert convert.read_printed_list(r"['\theta', '\neq']") == [r"\theta", r"\neq"]
 
 
@@ -536,23 +506,21 @@ def workbook(picture=None, **sheets):
 
 
 def test_workbooks(lab):
-    file = workbook(one=[["q", 3.0, "pictures/red.png"], ["r", 1.1]])
-    assert answers_of(lab.run(file)[1]) == ["3", "1.1"]
-    file = workbook(one=[["q", 3]], two=[["r", 4]])
+    file = workbook(one=[["q", 3.0, "pictures/red.png"], ["r", 1.1]], two=[["s", 4]])
     assert "choose one of one, two with --subset" in lab.run(file)[0]
-    rows = lab.run(file, "--subset", "two", "--category", "part")[1]
-    assert (rows[0]["answer"], rows[0]["category"]) == ("4", "two")
+    rows = lab.run(file, "--subset", "all", "--category", "part")[1]
+    assert answers_of(rows) == ["3", "1.1", "4"]
+    assert rows[2]["category"] == "two"
     file = workbook(one=[["q", datetime.date(2024, 1, 2)]])
     assert "datetime is not text" in lab.run(file)[0]
-    file = workbook("pictures/red.png", one=[["q", 1]])
-    assert "pictures are pasted" in lab.run(file)[0]
+    assert "pictures are pasted" in lab.run(workbook("pictures/red.png", one=[["q", 1]]))[0]
 
 
 def test_json_with_parts_or_lines_and_mixed_types_of_a_column(lab):
     rows = [ROW, ROW | {"answer": 4}, ROW | {"answer": 0.5}]
     Path("lines.json").write_text("\n".join(map(json.dumps, rows)))
     for source in (rows, {"train": rows, "version": 1}, "lines.json"):
-        assert answers_of(lab.run(source, name="data.json")[1]) == ["3", "4", "0.5"]
+        assert answers_of(lab.run(source)[1]) == ["3", "4", "0.5"]
     assert "one table without parts" in lab.run([ROW], "--split", "test")[0]
 
 
@@ -588,9 +556,8 @@ def test_the_hub_is_streamed(lab, monkeypatch):
     "name, content, why",
     [
         ("none.csv", None, "No such file"),
-        ("data.jsonl", b"", "no rows"),
-        ("data.jsonl", b'{"question": ', "line 1 is not JSON"),
         ("data.jsonl", b"[1, 2]", "no rows with named columns"),
+        ("data.jsonl", b'{"question": ', "line 1 is not JSON"),
         ("data.csv", b"question,answer\n\xff,1\n", "'utf-8' codec can't decode"),
         ("data.csv", b'question,answer\n"open,1\nq,2\n', "unexpected end of data"),
         ("data.csv", b"question,answer\nq,1,2\n", "line 2 has more or fewer fields"),
@@ -617,7 +584,6 @@ def test_bad_rows_stop_all_or_are_left_out_and_counted(lab):
     assert rows is None
     assert text.count("cannot be used: no such picture file") == 25
     assert "refused, no such picture file: 25, for example row 1: no such picture file" in text
-    assert "25 rows cannot be used, so nothing is written" in text
     text, rows = lab.run(table, "--skip_bad", "true")
     assert answers_of(rows) == ["3", "2", "∎"]
     assert "problems with 1 pictures: 3, for example row 0: How many? → 3" in text
@@ -633,22 +599,19 @@ def test_what_looks_odd_is_said(lab):
     assert pictures_of(rows[1]) == [RED]  # a column that row 0 has not
 
 
-@pytest.mark.parametrize(
-    "row, output, options, why",
-    [
-        (ROW, "out.parquet", [], "--overwrite true replaces it"),
-        (ROW | {"answer": ""}, "out.parquet", ["--overwrite", "true"], "nothing is written"),
-        (ROW, "out.csv", [], "NAME.parquet"),
-        (ROW, "none/out.parquet", [], "NAME.parquet"),
-    ],
-)
-def test_an_output_stays_what_it_was(lab, row, output, options, why):
+def test_an_output_stays_what_it_was(lab):
     Path("out.parquet").write_text("mine")
-    with pytest.raises(SystemExit, match=why):
-        convert.main([str(lab.save([row], "data.jsonl")), output, *options])
-    assert Path("out.parquet").read_text() == "mine"
-    assert not list(Path().glob("*.part"))
-    convert.main([str(lab.save([ROW], "data.jsonl")), "out.parquet", "--overwrite", "true"])
+    file, bad = lab.save([ROW], "data.json"), lab.save([ROW | {"answer": ""}], "bad.json")
+    replace = ["--overwrite", "true"]
+    for source, output, options, why in (
+        (file, "out.parquet", [], "--overwrite true replaces it"),
+        (bad, "out.parquet", replace, "nothing is written"),
+        (file, "out.csv", [], "NAME.parquet"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            convert.main([source, output, *options])
+        assert Path("out.parquet").read_text() == "mine"
+    convert.main([file, "out.parquet", *replace])
     assert len(pyarrow.parquet.read_table("out.parquet")) == 1
 
 

@@ -195,8 +195,9 @@ def read_json(file):
         data = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         return read_lines(file)
-    parts = data if isinstance(data, dict) else {"": data}
-    return {name: part for name, part in parts.items() if isinstance(part, list)}
+    if not isinstance(data, dict):
+        return data
+    return {name: part for name, part in data.items() if isinstance(part, list)}
 
 
 def read_sheets(file):
@@ -268,7 +269,7 @@ def open_source(source, settings):
         if wanted:
             raise Unusable(f"{wanted} cannot be chosen: the file is one table without parts")
         return parts, path.parent
-    if len(parts) == 1:
+    if len(parts) == 1 and not wanted:
         return next(iter(parts.values())), path.parent
     chosen = parts if wanted == "all" else [wanted]
     if not parts.keys() >= {*chosen}:

@@ -556,10 +556,10 @@ Below is the second problem. A real run takes more problems at a time."""
 
 def describe(value, depth=0):
     """A value as a little HTML: shape and first numbers, pictures as pictures."""
-    if isinstance(value, list) and all(isinstance(one, (int, float)) for one in value):
+    if isinstance(value, (list, tuple)) and all(isinstance(one, (int, float)) for one in value):
         value = np.array(value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        numbers = [short(one) for one in value.reshape(-1).tolist()[: MOST + 1]]
+        numbers = [short(one) for one in value.reshape(-1)[: MOST + 1].tolist()]
         return f"<i>{shape(value)}</i> {' '.join(numbers[:MOST])}{' …' * (len(numbers) > MOST)}"
     if isinstance(value, Image.Image):
         return report.picture_html(value)
