@@ -45,7 +45,7 @@ from rewards import answers_match
 
 ERRORS = (  # what the libraries raise at files that they cannot read
     ValueError, OSError, ImportError, csv.Error, zipfile.BadZipFile, pyarrow.ArrowException,
-    datasets.exceptions.DatasetsError,
+    datasets.exceptions.DatasetsError, RecursionError,
 )  # fmt: skip
 
 
@@ -195,9 +195,9 @@ def read_json(file):
         data = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         return read_lines(file)
-    if not isinstance(data, dict):
-        return data
-    return {name: part for name, part in data.items() if isinstance(part, list)}
+    if isinstance(data, dict):
+        return {name: part for name, part in data.items() if isinstance(part, list)}
+    return data if isinstance(data, list) else []
 
 
 def read_sheets(file):
