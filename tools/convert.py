@@ -667,9 +667,8 @@ def convert(settings):
         raise Unusable("there are no rows with named columns")
     layout, scores = choose_layout({*first}, settings)
     counts, examples = Counter(), {}
-    rows = itertools.chain([first], rows)
     folder = Path(settings.image_folder or folder)
-    good = convert_rows(rows, folder, layout, scores, counts, examples)
+    good = convert_rows(itertools.chain([first], rows), folder, layout, scores, counts, examples)
     part = output.with_name(output.name + ".part")
     try:
         write_rows(good, scores, part)
