@@ -7,10 +7,11 @@
     python tools/bench.py attention          # memory of a packed row's attention
     python tools/bench.py step --model 3b --lora_rank 64 --prompts_per_step 2     # needs peft
 
-takes the options of `observe_r1.py train` as well; --model 3b or 7b are random weights of these
-shapes, for a card. A ratio is the median (lowest to highest) of neighbouring runs. `count`,
-`attention` and, without a card, `step` run on fake tensors, which have shapes and no numbers: the
-script's own functions at full size, in bf16 as on a card, without arithmetic.
+takes the options of `observe_r1.py train` as well. --model 3b or 7b are random weights of these
+shapes, for a card; --pictures are sizes of pictures in tokens. A ratio is the median (lowest to
+highest) of neighbouring runs. `count`, `attention` and, without a card, `step` run on fake tensors,
+which have shapes and no numbers: the script's own functions at full size, in bf16 as on a card,
+without arithmetic.
 """
 
 import argparse
@@ -48,8 +49,8 @@ import rewards
 from observe_r1 import ACCELERATOR, AUTOCAST, DEVICE, load_model
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # inside, tensors have shapes and no numbers
-WORDS = ["train", f"--config={ROOT}/toy/config.json"]
-WORDS += ["--max_pixels=100000000"]  # so that no picture is made smaller
+LARGE = "--max_pixels=100000000"  # so that no picture is made smaller
+WORDS = ["train", f"--config={ROOT}/toy/config.json", LARGE]
 _, CONFIG = observe_r1.parse_arguments(WORDS)
 PROCESSOR = transformers.AutoProcessor.from_pretrained(CONFIG.model)
 
@@ -119,7 +120,7 @@ def make_policy(name, device=DEVICE):
 
 def picture(tokens):
     """A problem with a picture of so many tokens."""
-    side = 28 * round(max(1, tokens) ** 0.5)
+    side = 28 * round(tokens**0.5)
     image = Image.effect_noise((side, side), 64)
     return {"images": [image], "question": "What is the sum of the digits?", "answer": "1"}
 
@@ -129,10 +130,6 @@ def forced_rollouts(tokens, T, B=1):
     prompts = observe_r1.encode_prompts([picture(tokens)], PROCESSOR, CONFIG) * B
     ids = torch.randint(100, 300, (B, 8, T), device=DEVICE)
     return observe_r1.Rollouts(prompts, ids, torch.ones_like(ids, dtype=torch.bool), [])
-
-
-def length_of(rollouts):
-    return rollouts.prompts[0]["input_ids"].shape[1]
 
 
 def prepared(name, config):
@@ -231,15 +228,22 @@ def samplers(options, config):
     problems = observe_r1.load_problems(config.data, PROCESSOR, config)
     problems = observe_r1.read_problems(problems, range(400, 400 + config.prompts_per_step))
     inputs = make_model("toy"), PROCESSOR, problems, config
-    others = {"transformers' generate": generate, "graph_rollout.py": graph_rollout}
+    samplers = {
+        "observe_r1.py": observe_r1.rollout,
+        "graph_rollout.py": graph_rollout,
+        "transformers' generate": generate,
+    }
     with suppress(ImportError):
         import vllm
 
-        others[f"vLLM {vllm.__version__}"] = vllm_rollout
-    header(f"sampler, {len(problems)} of the toy's prompts x 8", "takes, against the script's")
-    for name, sampler in others.items():
-        ours, theirs = partial(observe_r1.rollout, *inputs), partial(sampler, *inputs)
-        row(name, compare(ours, theirs, options.repeats))
+        samplers[f"vLLM {vllm.__version__}"] = vllm_rollout
+    ours = partial(observe_r1.rollout, *inputs)
+    tokens = ours().mask.sum()  # the others write about as many
+    header(f"sampler, {len(problems)} of the toy's prompts x 8", "takes", "tokens a second")
+    for name, sampler in samplers.items():
+        theirs = partial(sampler, *inputs)
+        ratio = compare(ours, theirs, options.repeats)
+        row(name, ratio, f"{tokens / seconds(theirs):,.0f}")
 
 
 def passes(policy, rollouts, around=nullcontext):
@@ -263,7 +267,8 @@ def update(options, config):
         slow = partial(ours, around=as_before)
         if observe_r1.DTYPE == torch.float32:
             torch.testing.assert_close(ours(), slow(), atol=1e-4, rtol=1e-4)
-        row(f"P = {length_of(rollouts)}, T = {T}", compare(ours, slow, options.repeats))
+        P = rollouts.prompts[0]["input_ids"].shape[1]
+        row(f"P = {P}, T = {T}", compare(ours, slow, options.repeats))
 
 
 def step(options, config):
@@ -271,6 +276,7 @@ def step(options, config):
     header("update", "speed", "peak memory", "estimate of tools/memory.py", "estimate / peak")
     B, T, folder = config.prompts_per_step, config.max_new_tokens, tempfile.mkdtemp()
     rollouts = forced_rollouts(options.pictures[-1], T, B)
+    P = rollouts.prompts[0]["input_ids"].shape[1]
     advantages = torch.linspace(-1, 1, 8).expand(B, -1)
     config = replace(config, output_dir=folder, eval_data="", eval_steps=0)
     counter = Counter()
@@ -280,15 +286,14 @@ def step(options, config):
             counter.hold(*policy.parameters())
         work = partial(observe_r1.update, state, rollouts, advantages, config)
         work()  # the first one makes the moments
-        rate = B * (length_of(rollouts) + 8 * T) / seconds(work)
+        rate = B * (P + 8 * T) / seconds(work)
     peak = torch.accelerator.max_memory_allocated() if ACCELERATOR else counter.peak
     state.policy.model.config.save_pretrained(folder)
     config = replace(config, model=folder)
-    expected = estimates.estimate_memory(config, length_of(rollouts))["peak"]
-    what = f"{B} x 8 responses of {T} tokens"
+    expected = estimates.estimate_memory(config, P)["peak"]
     speed = f"{rate:,.0f} tokens/s" if ACCELERATOR else "-"
     sizes = [f"{size / 1e9:.1f} GB" for size in (peak, expected)]
-    row(what, speed, *sizes, f"{expected / peak:.2f}")
+    row(f"{B} x 8 responses of {T} tokens", speed, *sizes, f"{expected / peak:.2f}")
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -432,8 +437,8 @@ def count(options, config):
                 if "decoding" in what:  # it asks once a token how many rows go on
                     numbers = counter.asked[2] - counter.asked[1]
                 launches, flops, moved = numbers
-                cells = f"{launches:,.0f}", f"{flops / 1e12:,.4g}", f"{moved / 1e9:,.4g}"
-                row(name, what, form, *cells)
+                sizes = f"{flops / 1e12:,.4g}", f"{moved / 1e9:,.4g}"
+                row(name, what, form, f"{launches:,.0f}", *sizes)
 
 
 def attention(options, config):
@@ -460,7 +465,7 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="+", choices=rows)
     parser.add_argument("--model", choices=SHAPES, default="toy")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[5, 256, 961], help="tokens")
+    parser.add_argument("--pictures", type=int, nargs="+", default=[5, 256, 961])
     parser.add_argument("--repeats", type=int, default=5)
     options, words = parser.parse_known_args()
     _, config = observe_r1.parse_arguments([*WORDS, *words])
