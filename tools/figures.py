@@ -73,7 +73,7 @@ def weight():
     solved = range(9)
     weights = [dynamic_weight([i < right for i in range(8)]) for right in solved]
     bars = axes.bar(solved, weights, 0.6, color=BLUE)
-    axes.bar_label(bars, fmt="%g", padding=2, fontsize=8, color=INK)
+    axes.bar_label(bars, fmt="%g", fontsize=8, color=INK)
     axes.set(xlabel="right responses of the group's eight", ylabel="weight w")
     axes.set(xticks=solved, ylim=(0, 2.1))
     style_axes(axes)

@@ -29,7 +29,15 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
