@@ -5,9 +5,10 @@ import datetime
 import io
 import json
 import random
-import subprocess
+import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -41,31 +42,26 @@ class Lab:
     def __init__(self, capsys):
         self.capsys = capsys
         Path("pictures").mkdir()
-        for name in ("red.png", "two.png", "two.jpg"):
-            Path("pictures", name).write_bytes(RED)
+        Path("pictures/red.png").write_bytes(RED)
 
     def save(self, rows, name):
-        file = Path(name)
         if name.endswith(".parquet"):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-        elif name.endswith(".json"):
-            file.write_text(json.dumps(rows))
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
         else:
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return file
+            Path(name).write_text(json.dumps(rows))
+        return name
 
-    def run(self, source, *options, name="data.jsonl", output="out.parquet"):
+    def run(self, source, *options, name="data.json"):
         """What was printed, with the error, and the rows written (None without a file)."""
         if isinstance(source, list | dict):
             source = self.save(source, name)
-        output = Path(output)
+        output, error = Path("out.parquet"), ""
         output.unlink(missing_ok=True)
-        error = ""
         try:
-            convert.main([str(source), str(output), *map(str, options)])
+            convert.main([str(source), str(output), *options])
         except SystemExit as stop:
             error = str(stop)
-        assert not output.with_name(output.name + ".part").exists()
+        assert not [*Path().glob("*.part")]
         rows = pyarrow.parquet.read_table(output).to_pylist() if output.exists() else None
         assert bool(error) == (rows is None)
         return self.capsys.readouterr().out + error, rows
@@ -116,8 +112,8 @@ KNOWN = {
     ),
     "MathVision, one picture for all marks": (
         VISION,
-        {"decoded_image": PICTURE, "question": "<image1> to <image2>", "options": [], "answer": "7"},
-        ("x", "<image>picture 1 to picture 2", "7", "x"),
+        {"decoded_image": PICTURE, "question": "<image1> to <image2>", "options": []},
+        ("x", "<image>picture 1 to picture 2", "x", "x"),
     ),
     "We-Math": (
         ("ID,split,knowledge concept,question,option,answer,image_path,key,question number,"
@@ -130,15 +126,10 @@ KNOWN = {
         {"image": PICTURE, "answer_option": "(A) 26 (B) 156", "final_answer": "B"},
         ("0", "Solve the problem in the picture. Its options: (A) 26 (B) 156", "B", "x"),
     ),
-    "SceMQA, choices": (
+    "SceMQA": (
         SCEMQA,
         {"Question": "A. a\nB. b", SCEMQA.split(",")[1]: "B Because E is uniform."},
         ("0", "A. a\nB. b", "B", "Math"),
-    ),
-    "SceMQA, free": (
-        SCEMQA,
-        {SCEMQA.split(",")[1]: "\\answer{\\frac{1}{2}} A long reason."},
-        ("0", "x", "\\frac{1}{2}", "Math"),
     ),
     "MathV360K": (
         "id,image,conversations",
@@ -164,12 +155,6 @@ KNOWN = {
          "image_1": PICTURE, "image_2": {"bytes": BLUE}, "image_3": {"bytes": GREEN}, "answer": "A"},
         ("x", "<image> or <image>?\n(A) it's <image>\n(B) 6", "A", "x"),
     ),
-    "MMMU, open": (
-        MMMU,
-        NO_PICTURES | {"image_1": PICTURE, "question": "<image 1>", "options": "[]",
-         "answer": "['8', '8.0']"},
-        ("x", "<image>", "8", "x"),
-    ),
     "MMStar": (
         "index,question,image,answer,category,l2_category,meta_info",
         {"question": "Which?\nOptions: A: red, B: blue", "image": PICTURE, "answer": "A"},
@@ -187,9 +172,9 @@ KNOWN = {
 def test_known_data_sets(lab, name):
     columns, cells, expected = KNOWN[name]
     row = dict.fromkeys(columns.split(","), "x") | cells
-    if name.startswith("SceMQA"):  # two subjects in one file; picture paths without an ending
+    if name == "SceMQA":  # two subjects in one file; picture paths without an ending
         parts = {"Math": [row | {"ImagePath": "pictures/red"}], "Physics": []}
-        text, rows = lab.run(parts, "--subset", "all", name="data.json")
+        text, rows = lab.run(parts, "--subset", "all")
     else:
         text, rows = lab.run([row], name="data.parquet")
     assert rows, text
@@ -207,15 +192,14 @@ def test_the_output_is_the_format_of_the_script_and_passes_through_unchanged(lab
     assert data.column_names == ["images", "question", "answer", "id", "category"]
     assert isinstance(data.features["images"].feature, datasets.Image)
     assert data[0]["images"][0].size == (6, 4)
-    assert lab.run("out.parquet", output="again.parquet")[1] == rows
+    assert lab.run(Path("out.parquet").rename("first.parquet"))[1] == rows
 
 
-def test_a_ladder_keeps_its_scores_and_a_bad_one_is_named(lab):
+def test_a_ladder_keeps_its_scores(lab):
     scores = {"difficulty": 0.25, "complexity": 100.5, "stage": 2}
     rows = lab.run([ROW | scores])[1]
     assert {name: rows[0][name] for name in scores} == scores
-    for bad in ({"difficulty": None}, {"stage": 0.5}, {"complexity": "long"}):
-        lab.refusal(ROW | scores | bad)
+    assert "not 'NoneType'" in lab.refusal(ROW | scores | {"difficulty": None})
 
 
 # ------------------------------------------------------------------------------------ other tables
@@ -225,34 +209,24 @@ NAMES = ["--picture", "scan", "--question", "ask", "--answer", "reply", "--optio
 
 
 def test_columns_are_named_by_options(lab):
-    assert lab.one(TABLE | {"difficulty": "hard"}, *NAMES) == (
-        "Which?\n(A) red\n(B) blue",
-        "B",
-        [RED],
-    )
-    several = lab.refusal(TABLE | {"scan": PICTURES * 2}, "--picture", "scan,scan", *NAMES[2:])
-    assert "several pictures in one of several picture columns" in several
+    expected = ("Which?\n(A) red\n(B) blue", "B", [RED])
+    assert lab.one(TABLE | {"difficulty": "hard"}, *NAMES) == expected
     row = ROW | {"meta": {"kind": "k"}, "a.b": "c", "other": 1}
     text, rows = lab.run([row], "--category", "meta.kind", "--id", "a.b")
     assert (rows[0]["category"], rows[0]["id"]) == ("k", "c")
-    assert "columns not read: other" in text
+    assert "leaves out ['other']" in text
 
 
 @pytest.mark.parametrize(
     "row, options, why",
     [
-        (TABLE, [], "there are the columns A, B, ask, reply, scan; name them with --picture"),
-        (
-            {"index": 0, "question": "q", "image": "a.png", "answer": "1", "category": "k"},
-            [],
-            "not the columns of a known data set",
-        ),
+        (TABLE, [], "choose with --picture, .* from .'A', 'B', 'ask', 'reply', 'scan'"),
         (ROW | {"problem": "p"}, [], "not the columns of a known data set"),
-        (TABLE, ["--picture", "img", *NAMES[2:]], "no column img: there are"),
+        (TABLE, ["--picture", "img", *NAMES[2:]], "no column img, only .'A', 'B'"),
     ],
 )
 def test_columns_are_never_guessed(lab, row, options, why):
-    assert why in lab.run([row], *options)[0]
+    assert re.search(why, lab.run([row], *options)[0])
 
 
 MESSAGES = [
@@ -268,12 +242,12 @@ MESSAGES = [
 
 
 def test_chat_files(lab):
-    for value in (MESSAGES, json.dumps(MESSAGES)):
-        row = {"messages": value, "n": 1}
-        expected = ("Compare <image> with <image>", "5", [RED, RED])
-        assert lab.one(row, "--question", "messages") == expected
-        text = lab.run([row], "--question", "messages")[0]
-        assert "system messages left out: 1, for example row 0: Be good." in text
+    rows = [{"messages": MESSAGES}, {"messages": json.dumps(MESSAGES)}]
+    text, rows = lab.run(rows, "--question", "messages")
+    assert "system messages left out: 2, for example row 0: Be good." in text
+    assert [row["question"] for row in rows] == ["Compare <image> with <image>"] * 2
+    assert answers_of(rows) == ["5", "5"]
+    assert pictures_of(rows[1]) == [RED, RED]
     clash = {"messages": MESSAGES, "images": PICTURES}
     assert "in the messages and in a column" in lab.refusal(clash, "--question", "messages")
     row = {"chat": [{"role": "user", "content": "<image>q"}], "images": PICTURES, "gt": {"x": 4}}
@@ -286,8 +260,7 @@ def test_chat_files(lab):
     [
         (MESSAGES + MESSAGES[1:], "several questions"),
         ([{"role": "user", "content": [{"type": "video"}]}], "not a part with text or a picture"),
-        ([{"role": "user", "content": [{"type": "text"}, 3]}], "not a part"),
-        ([{"role": "robot", "content": "q"}], "not a message"),
+        (["q"], "no attribute 'get'"),
     ],
 )
 def test_chats_that_are_no_problem_are_refused(lab, turns, why):
@@ -300,14 +273,10 @@ def test_chats_that_are_no_problem_are_refused(lab, turns, why):
 @pytest.mark.parametrize(
     "value, expected",
     [
-        ("pictures/..\\pictures\\red.png", [RED]),
-        (f"data:image/png;base64,{RED64}", [RED]),
+        ("pictures\\red.png", [RED]),
         ("\n".join([RED64[:40], RED64[40:]]), [RED]),
-        ({"bytes": None, "path": "pictures/red.png"}, [RED]),
-        ({"bytes": RED64, "path": "gone.png"}, [RED]),
-        ("['pictures/red.png', 'pictures/two.png']", [RED, RED]),
-        ([PICTURES, "pictures/red.png", None], [RED, RED]),
-        (None, []),
+        ("['pictures/red.png', 'pictures/red.png']", [RED, RED]),
+        ([PICTURES, {"bytes": None, "path": "pictures/red.png"}, None], [RED, RED]),
     ],
 )
 def test_pictures_in_every_form(lab, value, expected):
@@ -315,9 +284,7 @@ def test_pictures_in_every_form(lab, value, expected):
 
 
 def test_a_folder_of_pictures_can_be_named(lab):
-    row = ROW | {"images": "red.png"}
-    assert "--image_folder DIR" in lab.refusal(row)
-    assert lab.one(row, "--image_folder", "pictures")[2] == [RED]
+    assert lab.one(ROW | {"images": "red.png"}, "--image_folder", "pictures")[2] == [RED]
 
 
 def deep(number, kind=np.uint16):
@@ -334,7 +301,6 @@ WHITE, CLEAR = (255, 255, 255), (0, 0, 0, 0)
     [
         (encoded(mode="RGBA", color=CLEAR), WHITE),
         (encoded(mode="P", color=0, transparency=0), WHITE),
-        (encoded(color=(1, 2, 3), transparency=(1, 2, 3)), WHITE),
         (encoded("JPEG", CLEAR, mode="CMYK"), WHITE),
         (encoded(mode="1", color=1), 255),
         (deep(128 * 257), 128),
@@ -353,18 +319,10 @@ def turned(orientation):
     return encoded(exif=exif)
 
 
-def test_pictures_become_upright():
-    picture = Image.open(io.BytesIO(convert.clean_picture(turned(6))))
-    assert picture.size == (4, 6)
-    assert 274 not in picture.getexif()
-
-
-def test_a_good_picture_keeps_its_bytes():
-    for data in (RED, BLUE, encoded("WEBP"), encoded(mode="L", color=9), turned(1)):
+def test_pictures_become_upright_and_a_good_one_keeps_its_bytes():
+    assert Image.open(io.BytesIO(convert.clean_picture(turned(6)))).size == (4, 6)
+    for data in (RED, BLUE, encoded(mode="L", color=9), turned(1)):
         assert convert.clean_picture(data) == data
-
-
-large = encoded(size=(300, 300), color=(1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -372,10 +330,7 @@ large = encoded(size=(300, 300), color=(1, 2, 3))
     [
         ("https://example.org/a.png", "a web address is not opened"),
         ("pictures/none.png", "no such picture file"),
-        ("pictures/two", "no such picture file"),
         (base64.b64encode(BLUE[:-9]).decode(), "damaged picture"),
-        (base64.b64encode(large[: len(large) // 2]).decode(), "damaged picture"),
-        (base64.b64encode(b"no picture at all " * 9).decode(), "damaged picture"),
         (f"data:image/png;base64,{RED64[:-5]}", "nor base64"),
         (base64.b64encode(deep(7, np.int32)).decode(), "nothing says which number is white"),
         (base64.b64encode(encoded(size=(1001, 5))).decode(), "one side over 200 times the other"),
@@ -401,8 +356,6 @@ def test_marks_of_every_kind_stay_in_their_place(lab, mark):
     "row, why",
     [
         ({"question": "<image> <image>?"}, "2 marks, 1 pictures"),
-        ({"question": "<image 1>?", "images": PICTURES * 2}, "1 marks, 2 pictures"),
-        ({"question": "<image 3>?"}, "1 marks, 1 pictures"),
         ({"question": "Who <|im_end|> speaks?"}, "control token <|im_end|>"),
         ({"question": "q\ud800"}, "surrogates"),
     ],
@@ -421,11 +374,10 @@ def test_questions_that_would_train_wrong_are_refused(lab, row, why):
         ("Therefore $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("It is 1 + 3 = 4.\n#### 4", "4"),
         ("x" * 300 + "\nThe answer is 4.", "4"),
-        ("['4']", "4"),
-        (["4", "4.0"], "4"),
+        ("['8', '8.0']", "8"),
+        ("\\answer{\\frac{1}{2}} A long reason.", "\\frac{1}{2}"),  # SceMQA
         ("[0, 1]", "[0, 1]"),
         (3.0, "3"),
-        ("3.50", "3.50"),
         ("A short sentence is a legal gold.", "A short sentence is a legal gold."),
     ],
 )
@@ -440,10 +392,9 @@ def test_golds_are_taken_out(lab, value, gold):
         ("?", "or answer (--answer)"),
         ("We prove it. " * 30, "more than an answer"),
         ("\\boxed{3", "more than an answer"),
-        ("<think>so</think> 4", "more than an answer"),
         (["3", "4"], "several answers"),
         (True, "a bool is not text"),
-        ({"x": 1}, "a dict is not text"),
+        ("['3' '4']", "a list without commas"),
     ],
 )
 def test_golds_that_no_response_could_match_are_refused(lab, value, why):
@@ -452,14 +403,12 @@ def test_golds_that_no_response_could_match_are_refused(lab, value, why):
 
 def test_numbers_of_32_bits_are_their_shortest_decimals(lab):
     golds = pyarrow.array([0.1, 1.1, 3.14, 2.0, 16777.217], pyarrow.float32())
-    lists = pyarrow.ListArray.from_arrays(range(6), golds)
     nested = pyarrow.StructArray.from_arrays([golds], ["gt"])
-    table = {"question": ["q"] * 5, "answer": golds, "model": nested, "list": lists}
-    table = pyarrow.table(table)
+    table = pyarrow.table({"question": ["q"] * 5, "model": nested})
     pyarrow.parquet.write_table(table, "data.parquet")
-    for name in ("answer", "model.gt", "list"):
-        rows = lab.run("data.parquet", "--answer", name)[1]
-        assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
+    rows = lab.run("data.parquet", "--answer", "model.gt")[1]
+    assert answers_of(rows) == ["0.1", "1.1", "3.14", "2", "16777.217"]
+    assert lab.one(ROW | {"answer": 0.1})[1] == "0.1"  # of 64 bits
 
 
 def choice(lab, options, gold, *more):
@@ -471,10 +420,8 @@ def choice(lab, options, gold, *more):
     "options",
     [
         ["red", "dark blue"],
-        ["red", "dark blue", None, ""],
-        ["A. red", "B. dark blue"],
+        ["A. red", "B. dark blue", None, ""],
         "['red', 'dark blue']",
-        "['red' 'dark blue']",
         "(A) red\n(B) dark blue",
         "A. red; B. dark blue",
     ],
@@ -484,42 +431,37 @@ def test_options_become_lines_and_golds_their_letters(lab, options, gold):
     assert choice(lab, options, gold) == ("Which?\n(A) red\n(B) dark blue", "B")
 
 
-def test_options_that_the_question_shows_are_not_appended(lab):
+@pytest.mark.parametrize("gold", ["dark blue", "(b) dark blue"])
+@pytest.mark.parametrize("options", [["--options", "choices"], ["--question", "question"]])
+def test_options_that_the_question_shows_are_not_appended(lab, options, gold):
     question = "Which?\nA: red, B: dark blue"
-    row = {"question": question, "choices": ["red", "dark blue"], "answer": "dark blue"}
-    assert lab.one(row, "--options", "choices")[:2] == (question, "B")
-    assert lab.one(row | {"answer": "(b) dark blue"}, "--question", "question")[:2] == (
-        question,
-        "B",
-    )
-    assert lab.one(row, "--question", "question")[:2] == (question, "B")
+    row = {"question": question, "choices": ["red", "dark blue"], "answer": gold}
+    assert lab.one(row, *options)[:2] == (question, "B")
 
 
-def test_what_an_answer_is_can_be_said(lab):
-    swapped, numbers = ["B", "A", "C"], ["3", "2", "1"]
-    for options, gold, how, letter in (
-        (swapped, "A", "text", "B"),
-        (numbers, 2, "0", "C"),
-        (numbers, "2", "1", "B"),
-    ):
-        assert choice(lab, options, gold, "--answer_is", how)[1] == letter
-    assert choice(lab, ["0 A", "1 A"], "A")[1] == "A"  # no rule of the reward makes it 1 ampere
-    assert choice(lab, ["1/2", "3"], "0.5")[1] == "A"
-    assert choice(lab, ["(A)", "(B)"], "B") == ("Which?\n(A) (A)\n(B) (B)", "B")  # MathVision
+@pytest.mark.parametrize(
+    "options, gold, how, letter",
+    [
+        (["B", "A", "C"], "A", ["--answer_is", "text"], "B"),
+        (["3", "2", "1"], 2, ["--answer_is", "0"], "C"),
+        (["3", "2", "1"], "2", ["--answer_is", "1"], "B"),
+        (["0 A", "1 A"], "A", [], "A"),  # no rule of the reward makes it 1 ampere
+        (["1/2", "3"], "0.5", [], "A"),
+        (["(A)", "(B)"], "B", [], "B"),  # MathVision
+    ],
+)
+def test_an_answer_is_an_option(lab, options, gold, how, letter):
+    assert choice(lab, options, gold, *how)[1] == letter
 
 
 @pytest.mark.parametrize(
     "options, gold, why",
     [
-        (["red", "blue"], "green", "none of the options"),
         (["red", "blue"], "C", "none of the options"),
-        (["red", "blue"], "A. blue", "none of the options"),
-        (["red", "blue"], "1", "--answer_is"),
         (["2", "1", "0"], 1, "--answer_is text, or 0 or 1"),
-        (["B", "A", "C"], "A", "a letter and a text"),
-        (["5", "5", "6"], "5", "several of the options"),
+        (["B", "A", "C"], "A", "'A' means A and B of the options"),
+        (["5", "5", "6"], "5", "'5' means A and B of the options"),
         (["red", "", "blue"], "C", "no choice"),
-        ([f"number {n}" for n in range(27)], "number 3", "no choice"),
         ("red, blue", "A", "without letters"),
         ("[__import__('os').system('touch bomb')]", "A", "not a list"),
     ],
@@ -534,7 +476,6 @@ def test_random_lists_are_read_as_python_prints_them():
     for _ in range(500):
         items = ["x" + "".join(dice.choices("ab '\"\\,[](){}é$", k=6)) for _ in range(3)]
         assert convert.read_printed_list(repr(items)) == items
-        assert convert.read_printed_list(json.dumps(items)) == items
     assert convert.read_printed_list(r"['\theta', '\neq']") == [r"\theta", r"\neq"]
 
 
@@ -564,89 +505,73 @@ def workbook(picture=None, **sheets):
     return "data.xlsx"
 
 
-def test_workbooks(lab, monkeypatch):
-    file = workbook(one=[["q", 3.0, "pictures/red.png"], [], ["r", 1.1]])
-    assert answers_of(lab.run(file)[1]) == ["3", "1.1"]
-    file = workbook(one=[["q", 3]], two=[["r", 4]])
-    assert "data.xlsx holds one, two: choose with --subset" in lab.run(file)[0]
-    rows = lab.run(file, "--subset", "two", "--category", "part")[1]
-    assert (rows[0]["answer"], rows[0]["category"]) == ("4", "two")
+def test_workbooks(lab):
+    file = workbook(one=[["q", 3.0, "pictures/red.png"], ["r", 1.1]], two=[["s", 4]])
+    assert "choose one of one, two with --subset" in lab.run(file)[0]
+    rows = lab.run(file, "--subset", "all", "--category", "part")[1]
+    assert answers_of(rows) == ["3", "1.1", "4"]
+    assert rows[2]["category"] == "two"
     file = workbook(one=[["q", datetime.date(2024, 1, 2)]])
-    assert "a datetime is not text" in lab.run(file)[0]
-    file = workbook("pictures/red.png", one=[["q", 1]])
-    assert "pasted into one" in lab.run(file)[0]
-    monkeypatch.setitem(sys.modules, "openpyxl", None)
-    assert "pip install openpyxl" in lab.run(file)[0]
+    assert "datetime is not text" in lab.run(file)[0]
+    assert "pictures are pasted" in lab.run(workbook("pictures/red.png", one=[["q", 1]]))[0]
 
 
-def test_parts_of_json_and_mixed_types_of_a_column(lab):
+def test_json_with_parts_or_lines_and_mixed_types_of_a_column(lab):
     rows = [ROW, ROW | {"answer": 4}, ROW | {"answer": 0.5}]
-    for source in (rows, {"train": rows, "version": 1}):
-        assert answers_of(lab.run(source, name="data.json")[1]) == ["3", "4", "0.5"]
-    text = lab.run({"train": rows, "test": rows}, name="data.json")[0]
-    assert "holds train, test: choose" in text
+    Path("lines.json").write_text("\n".join(map(json.dumps, rows)))
+    for source in (rows, {"train": rows, "version": 1}, "lines.json"):
+        assert answers_of(lab.run(source)[1]) == ["3", "4", "0.5"]
+    assert "one table without parts" in lab.run([ROW], "--split", "test")[0]
 
 
-def test_a_table_has_no_parts(lab):
-    for option in ("--split", "--subset"):
-        assert f"{option} test: data.jsonl is one" in lab.run([ROW], option, "test")[0]
-
-
-def test_folders_and_data_sets_on_disk_and_classes_by_their_names(lab):
+def test_folders_of_shards_and_classes_by_their_names(lab):
     features = {"images": datasets.List(datasets.Image()), "question": datasets.Value("string")}
     features["answer"] = datasets.ClassLabel(names=["cat", "dog"])
     rows = [{"images": [PICTURE], "question": "q", "answer": n} for n in (1, 0, -1)]
     data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
-    data.save_to_disk("saved")
-    datasets.DatasetDict(train=data, test=data).save_to_disk("both")
     file = Path("hub/data/test-00000-of-00001.parquet")
     file.parent.mkdir(parents=True)
     data.to_parquet(file)
-    for source, options in (("saved", []), ("both", ["--split", "test"]), ("hub", []), (file, [])):
-        rows = lab.run(source, "--skip_bad", "true", *options)[1]
+    for source in ("hub", file):
+        rows = lab.run(source, "--skip_bad", "true")[1]
         assert answers_of(rows) == ["dog", "cat"]
         assert pictures_of(rows[0]) == [RED]
-    assert "one of the splits train, test" in lab.run("both")[0]
+    data.to_parquet("hub/data/train-00000-of-00001.parquet")
+    assert "one of the splits train, test" in lab.run("hub")[0]
     Path("hub/more.csv").write_text("question,answer\nq,05\n")
     assert "name the table in it" in lab.run("hub")[0]
 
 
 def test_the_hub_is_streamed(lab, monkeypatch):
-    seen = []
-
-    def load(name, subset, streaming):
-        seen.append((name, subset, streaming))
-        data = datasets.Dataset.from_list([{"images": [PICTURE], "question": "q", "answer": "1"}])
-        return datasets.IterableDatasetDict(validation=data.to_iterable_dataset())
-
+    data = datasets.Dataset.from_list([{"images": [PICTURE], "question": "q", "answer": "1"}])
+    splits = datasets.IterableDatasetDict(validation=data.to_iterable_dataset())
+    load = Mock(return_value=splits)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options = ["--subset", "Math", "--split", "validation"]
-    rows = lab.run("MMMU/MMMU", *options)[1]
-    assert rows[0]["images"][0]["bytes"] == RED
-    assert seen == [("MMMU/MMMU", "Math", True)]
+    rows = lab.run("MMMU/MMMU", "--subset", "Math", "--split", "validation")[1]
+    assert pictures_of(rows[0]) == [RED]
+    load.assert_called_once_with("MMMU/MMMU", "Math", streaming=True)
 
 
 @pytest.mark.parametrize(
     "name, content, why",
     [
-        ("data.jsonl", b"", "has no rows"),
-        ("data.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
+        ("none.csv", None, "No such file"),
+        ("data.jsonl", b"[1, 2]", "no rows with named columns"),
         ("data.jsonl", b'{"question": ', "line 1 is not JSON"),
-        ("data.jsonl", b"[1, 2]", "not a row with named columns"),
-        ("data.csv", b"question,answer\n\xff,1\n", "is not UTF-8"),
-        ("data.csv", b'question,answer\n"open,1\nq,2\n', "is a quote left open"),
+        ("data.csv", b"question,answer\n\xff,1\n", "'utf-8' codec can't decode"),
+        ("data.csv", b'question,answer\n"open,1\nq,2\n', "unexpected end of data"),
         ("data.csv", b"question,answer\nq,1,2\n", "line 2 has more or fewer fields"),
         ("data.csv", b"question,answer,answer\nq,1,2\n", "two columns have one name"),
-        ("data.parquet", b"nothing", "cannot be read"),
-        ("data.parquet", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        ("data.xlsx", b"nothing", "cannot be read"),
+        ("data.parquet", b"nothing", "Parquet"),
+        ("data.xlsx", b"nothing", "Excel file format"),
     ],
 )
 def test_files_that_cannot_be_read(lab, name, content, why):
-    if name.endswith(".xlsx"):
-        pytest.importorskip("openpyxl")
-    Path(name).write_bytes(content)
-    assert why in lab.run(name)[0]
+    if content is not None:
+        Path(name).write_bytes(content)
+    text = lab.run(name)[0]
+    assert text.startswith(f"convert: {name}: ")
+    assert why in text
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -657,44 +582,36 @@ def test_bad_rows_stop_all_or_are_left_out_and_counted(lab):
     table = [ROW, *bad, ROW | {"answer": "\\boxed{2}"}, ROW | {"answer": "∎"}]
     text, rows = lab.run(table)
     assert rows is None
-    assert text.count("cannot be used: no such picture file") == 20
+    assert text.count("cannot be used: no such picture file") == 25
     assert "refused, no such picture file: 25, for example row 1: no such picture file" in text
-    assert "25 rows cannot be used, so nothing is written" in text
     text, rows = lab.run(table, "--skip_bad", "true")
     assert answers_of(rows) == ["3", "2", "∎"]
-    assert "3 problems with 3 pictures; 25 rows refused" in text
+    assert "problems with 1 pictures: 3, for example row 0: How many? → 3" in text
     assert "golds made the final answer alone: 1, for example row 26: \\boxed{2} → 2" in text
     assert "answers that the checker can never match: 1, for example row 27: ∎" in text
     assert "nothing is written" in lab.run(bad, "--skip_bad", "true")[0]
 
 
 def test_what_looks_odd_is_said(lab):
-    rows = [ROW | {"answer": "C", "id": 1}, ROW | {"images": [], "id": 1, "hint": "Look."}]
-    text = lab.run(rows)[0]
+    text, rows = lab.run([{"question": "q", "answer": "C"}, ROW | {"hint": "Look."}])
     assert "answers that are a letter while no options were found: 1, for example row 0" in text
-    assert "ids that come again: 1, for example row 1" in text
-    assert "problems without a picture: 1, for example row 1" in text
-    assert "not read, because row 0 has none of the name: 1, for example row 1: hint" in text
-    text, rows = lab.run([{"question": "q", "answer": "1"}, ROW])
-    assert "row 1 cannot be used: row 0 has no column images" in text
+    assert "problems with 0 pictures: 1, for example row 0" in text
+    assert pictures_of(rows[1]) == [RED]  # a column that row 0 has not
 
 
-@pytest.mark.parametrize(
-    "row, output, options, why",
-    [
-        (ROW, "out.parquet", [], "--overwrite true replaces it"),
-        (ROW | {"answer": ""}, "out.parquet", ["--overwrite", "true"], "nothing is written"),
-        (ROW, "out.csv", [], "NAME.parquet"),
-        (ROW, "none/out.parquet", [], "NAME.parquet"),
-    ],
-)
-def test_an_output_stays_what_it_was(lab, row, output, options, why):
+def test_an_output_stays_what_it_was(lab):
     Path("out.parquet").write_text("mine")
-    with pytest.raises(SystemExit, match=why):
-        convert.main([str(lab.save([row], "data.jsonl")), output, *options])
-    assert Path("out.parquet").read_text() == "mine"
-    assert not list(Path().glob("*.part"))
-    convert.main([str(lab.save([ROW], "data.jsonl")), "out.parquet", "--overwrite", "true"])
+    file, bad = lab.save([ROW], "data.json"), lab.save([ROW | {"answer": ""}], "bad.json")
+    replace = ["--overwrite", "true"]
+    for source, output, options, why in (
+        (file, "out.parquet", [], "--overwrite true replaces it"),
+        (bad, "out.parquet", replace, "nothing is written"),
+        (file, "out.csv", [], "NAME.parquet"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            convert.main([source, output, *options])
+        assert Path("out.parquet").read_text() == "mine"
+    convert.main([file, "out.parquet", *replace])
     assert len(pyarrow.parquet.read_table("out.parquet")) == 1
 
 
@@ -702,10 +619,3 @@ def test_row_groups_stay_small(lab):
     lab.run([ROW] * 200)
     file = pyarrow.parquet.ParquetFile("out.parquet").metadata
     assert (file.row_group(0).num_rows, file.num_rows) == (32, 200)
-
-
-def test_as_a_command_without_traceback(tmp_path):
-    line = [sys.executable, ROOT / "tools/convert.py", "data/none.jsonl", "hub.parquet"]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("convert: data/none.jsonl: no file or folder that can be read")

@@ -1,7 +1,10 @@
-"""The README's figures (tools/figures.py): what they show equals an independent calculation."""
+"""What tools/figures.py draws of functions and results; and toy/ablate.py's arithmetic.
+
+That the functions which it calls are right, their own tests say.
+"""
 
 import json
-import statistics
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,17 +16,7 @@ pytest.importorskip("matplotlib")
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "tools"))
 import figures
-
-SHARES = """
-    .29 .18  .19  .19  .17  0    0    0    0
-    .05 .50  .15  .155 .15  0    0    0    0
-    .02 .08  .51  .17  .23  0    0    0    0
-    0   .03  .07  .505 .21  .19  0    0    0
-    0   0    .03  .07  .58  .19  .14  0    0
-    0   0    0    .03  .10  .575 .15  .15  0
-    0   0    0    0    .05  .12  .54  .18  .12
-    0   0    0    0    .02  .055 .10  .685 .14
-    0   0    0    0    .02  .05  .07  .15  .72"""  # of the levels in each stage
+from figures import ablate
 
 
 def texts_of(svg):
@@ -33,41 +26,7 @@ def texts_of(svg):
 
 
 def axes_of(name):
-    return figures.FIGURES[name]().axes
-
-
-def test_ladders_hold_each_problem_once_and_the_first_has_the_papers_shares():
-    shares = []
-    for axes, levels in zip(axes_of("ladder"), figures.LADDERS.values(), strict=True):
-        counts = np.zeros((9, 9))
-        for bar in axes.patches:
-            counts[tuple(map(int, bar.get_label().split()))] = bar.get_height() * bar.get_width()
-        assert counts.sum(0) == pytest.approx(levels)
-        sizes = counts.sum(1)
-        means = counts @ np.arange(9) / sizes
-        assert (np.diff(means) > 0).all()
-        assert axes.texts[8].get_text() == f"9\n{sizes[8]:.0f}"
-        shares.append(counts / sizes[:, None])
-    paper = np.array(SHARES.split(), dtype=float).reshape(9, 9)
-    assert shares[0] == pytest.approx(paper / paper.sum(1, keepdims=True), abs=0.015)
-
-
-def test_weight_bars_are_the_methods_table():
-    (axes,) = axes_of("weight")
-    heights = [bar.get_height() for bar in axes.patches]
-    table = [0, 0.7875, 1.35, 1.6875, 1.8, 1.6875, 1.35, 0.7875, 0]
-    assert heights == pytest.approx(table)
-
-
-def test_groups_are_scaled_by_std_and_by_the_weight():
-    bars = [[bar.get_width() for bar in axes.patches] for axes in axes_of("group")]
-    for right, (reward, scaled, advantages) in zip((1, 4), (bars[:3], bars[3:])):
-        assert reward == [1.0] * right + [0.0] * (8 - right)
-        mean, std = statistics.mean(reward), statistics.stdev(reward)
-        by_hand = [(value - mean) / std for value in reward]
-        assert scaled == pytest.approx(by_hand, abs=1e-4)
-        w = 4 * 1.8 * mean * (1 - mean)
-        assert advantages == pytest.approx([w * value for value in by_hand], abs=1e-4)
+    return getattr(figures, name)().axes
 
 
 def test_mask_shows_the_prompt_and_the_own_response():
@@ -80,44 +39,26 @@ def test_mask_shows_the_prompt_and_the_own_response():
     assert labels == "p1 p2 p3 p4 a1 a2 a3 b1 b2 c1 c2 c3 c4"
 
 
-def test_clip_is_the_minimum_and_its_flat_parts_are_dashed():
+def test_clip_is_the_minimum_and_where_it_is_flat_only_dashed():
     (axes,) = axes_of("clip")
-    lines = [line for line in axes.lines if len(line.get_xdata()) > 100]
-    assert len(lines) == 4
-    for line, advantage, dashed in zip(lines, (1, 1, -1, -1), (False, True, False, True)):
-        assert line.is_dashed() == dashed
-        ratio, objective = map(np.array, line.get_data())
+    for advantage, dashed, solid in ((1, *axes.lines[:2]), (-1, *axes.lines[2:])):
+        assert dashed.is_dashed() and not solid.is_dashed()
+        ratio, objective = map(np.array, dashed.get_data())
         expected = np.minimum(ratio * advantage, ratio.clip(0.8, 1.2) * advantage)
-        shown = ~np.isnan(objective)
-        assert objective[shown] == pytest.approx(expected[shown], abs=1e-5)
+        assert objective == pytest.approx(expected, abs=1e-5)
         corner = 1 + 0.2 * advantage
-        flat = advantage * ratio > advantage * corner
-        assert ((flat == dashed) == shown)[abs(ratio - corner) > 1e-3].all()
+        moves = advantage * ratio < advantage * corner
+        assert (moves == ~np.isnan(solid.get_ydata()))[abs(ratio - corner) > 1e-3].all()
 
 
-def results(tmp_path, monkeypatch):
-    """Stored results of two seeds of three variants, and one seed more of the full method."""
+def test_ablations_pair_the_seeds_that_all_have(tmp_path, monkeypatch):
     runs = []
     variants = {"full": (0.7, 0.8, 0.9), "no bonus": (0.6, 0.72), "x": (0.8, 0.9)}
     for variant, ends in variants.items():
         for seed, end in enumerate(ends):
-            run = {"variant": variant, "seed": seed, "accuracy": [[0, 0.1 * seed], [10, end]]}
-            runs.append(run)
+            runs.append({"variant": variant, "seed": seed, "accuracy": [[0, 0.1], [10, end]]})
     (tmp_path / "ablations.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(figures, "TOY", tmp_path)
-
-
-def test_accuracy_draws_every_seed_and_their_mean(tmp_path, monkeypatch):
-    results(tmp_path, monkeypatch)
-    (axes,) = axes_of("accuracy")
-    curves = [list(line.get_ydata()) for line in axes.lines]
-    assert curves[:3] == [[0, 0.7], [0.1, 0.8], [0.2, 0.9]]
-    assert curves[3] == pytest.approx([0.1, 0.8])
-    assert {text.get_text() for text in axes.texts} == {"0.100", "0.800"}
-
-
-def test_ablations_pair_the_seeds_that_all_have(tmp_path, monkeypatch):
-    results(tmp_path, monkeypatch)
     left, right = axes_of("ablations")
     dots = [list(line.get_xdata()) for line in left.lines]
     assert dots[0::2] == [[0.7, 0.8], [0.6, 0.72], [0.8, 0.9]]
@@ -138,34 +79,56 @@ def test_rollouts_show_every_response_as_it_is(tmp_path, monkeypatch):
     row = {"question": "cost $1 or $2?", "answer": "3", "pictures": picture, **sides}
     (tmp_path / "rollouts.json").write_text(json.dumps([row]))
     monkeypatch.setattr(figures, "TOY", tmp_path)
-    svg = figures.card_svg(figures.rollouts(), "rollouts")
+    svg = figures.card_svg(figures.rollouts)
     texts = texts_of(svg)
     assert "cost $1 or $2?  (3)" in texts and "✗ a $x$ < b" in texts
     assert texts[-2].removeprefix("✓ ") + texts[-1].lstrip() == long
 
 
-def test_the_committed_figures_are_what_the_code_draws(tmp_path):
+@pytest.mark.parametrize("drawing", figures.FIGURES)
+def test_the_committed_figures_are_what_the_code_draws(drawing):
     """Each file is there, of sane size, dark where wanted, and drawn twice the same."""
-    for name, drawing in figures.FIGURES.items():
-        svg = figures.card_svg(drawing(), name)
-        assert svg == figures.card_svg(drawing(), name)
-        assert len(svg.encode()) < 100_000
-        assert "prefers-color-scheme: dark" in svg
-        for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):
-            colour = text.get("style").partition("fill: ")[2][:7]  # none would be black
-            assert f'[style*="fill: {colour}"]' in svg, text.text
-        committed = HERE / "toy" / "figures" / f"{name}.svg"
-        assert texts_of(committed.read_text()) == texts_of(svg), f"tools/figures.py {name}"
+    svg = figures.card_svg(drawing)
+    assert svg == figures.card_svg(drawing)
+    assert len(svg.encode()) < 100_000
+    assert "prefers-color-scheme: dark" in svg
+    for text in re.findall("<text [^>]*>", svg):
+        assert any(f"fill: {colour}" in text for colour in figures.report.DARK), text
+    committed = HERE / "toy" / "figures" / f"{drawing.__name__}.svg"
+    assert texts_of(committed.read_text()) == texts_of(svg)
 
 
-def test_missing_results_and_unknown_names_end_in_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "TOY", tmp_path)
-    words = ["figures.py", "weight", "accuracy", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match="ablations.json is missing: toy/ablate.py writes it"):
-        figures.main()
-    assert (tmp_path / "weight.svg").exists()
-    monkeypatch.setattr(sys, "argv", ["figures.py", "weigth"])
-    with pytest.raises(SystemExit):
-        figures.main()
-    assert "no figure is called weigth" in capsys.readouterr().err
+# ------------------------------------------------------------------------------- toy/ablate.py
+
+
+def test_paired_difference_and_its_interval_by_hand():
+    """Differences -.01, +.01, +.01: mean .0033, deviation .011547; 4.303 is t of two degrees."""
+    mean, half = ablate.paired_difference([0.69, 0.73, 0.72], [0.70, 0.72, 0.71])
+    assert mean == pytest.approx(0.01 / 3)
+    assert half == pytest.approx(4.303 * 0.011547 / 3**0.5, rel=1e-3)
+
+
+def test_habits_are_counted_by_response():
+    texts = {
+        "<answer>3</answer>": 0.0,
+        "<think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3</think><answer>3</answer>": 1.0,
+        "<observe>3</observe><think>3 again:3</think><answer>3</answer>": 0.0,
+    }
+    before = {"responses": [*texts], "accuracy": [*texts.values()]}
+    after = {"responses": [[*texts][2]] * 2, "accuracy": [1.0, 0.0]}
+    table = ablate.habit_table([before], [after])
+    assert table.loc["observes, thinks"].tolist() == [0.25, 1, 1, 0.5]
+    assert table.loc["thinks without observing"].tolist()[:2] == [0.25, 1]
+    assert table.loc["answers at once"].tolist()[:2] == [0.25, 0]
+    assert table.loc["observes, thinks, checks"].tolist()[:2] == [0.25, 0]
+    assert table["after"].sum() == 1
+
+
+def test_a_run_kept_from_other_options_is_refused(tmp_path):
+    words = ablate.arguments("no bonus", 1, tmp_path)
+    kept = vars(ablate.observe_r1.parse_arguments(words)[1])
+    (tmp_path / "config.json").write_text(json.dumps({**kept, "output_dir": "elsewhere"}))
+    ablate.check_options("no bonus", 1, tmp_path)
+    with pytest.raises(ValueError, match="--seed 1, not 2"):
+        ablate.check_options("no bonus", 2, tmp_path)

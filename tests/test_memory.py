@@ -114,23 +114,18 @@ def test_adapters_are_counted_as_peft_makes_them(toy_model, freeze_vision):
 
 
 def test_what_helps_is_told(config, capsys):
-    """On a card of 24 GB the published run does not fit; without a limit nothing is advised."""
-    memory.report_memory(config, 1000, there=24e9)
-    lines = capsys.readouterr().out.splitlines()
+    memory.report_memory(config, 1000)
+    first, *lines = capsys.readouterr().out.splitlines()
     peak = memory.estimate_memory(config, 1000)["peak"]
     lora = memory.estimate_memory(replace(config, lora_rank=64), 1000)["peak"]
-    assert lines[0].endswith(f", peak {peak / 1e9:.1f}")
-    assert lines[1].startswith("The peak exceeds the 24.0 GB that there are")
+    assert first.endswith(f", peak {peak / 1e9:.1f}")
     assert f"  --lora_rank 64: {(peak - lora) / 1e9:.1f} GB less" in lines
-    assert lora < 24e9
-    assert len(lines) >= 5 and "gradient_checkpointing" not in str(lines)  # it is on already
-    memory.report_memory(config, 1000)
-    assert capsys.readouterr().out.splitlines() == lines[:1]
+    assert len(lines) >= 3 and "gradient_checkpointing" not in str(lines)  # it is on already
 
 
 def test_the_command_measures_the_prompts_of_the_data(tmp_path):
     run = run_python(ROOT / "tools" / "memory.py", "train", "--cards", 2, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1].startswith("GB of each card, prompts of 75 tokens: ")
+    assert "GB of each card, prompts of 75 tokens: " in run.stdout
     assert not list(tmp_path.iterdir())
     assert memory.longest_prompt(toy_config(data=str(tmp_path / "none"))) == 9216

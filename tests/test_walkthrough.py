@@ -19,8 +19,6 @@ import walkthrough
 import observe_r1
 import rewards
 
-FORMAT = r"\s*<observe>.+</observe>\s*<think>.+</think>\s*<answer>.+</answer>\s*"
-
 
 def walk(number=walkthrough.DEFAULT_PROBLEM, by_line=True, **options):
     """One step, as text and as a page."""
@@ -54,10 +52,12 @@ def printed_tokens(toy):
     """What parts 7 and 8 say of three tokens, side by side."""
     name, number = r"(\d) +(\d+) +'.*?' +", r"([-+][\d.]+) *"
     before, after = rows(toy.text, 7, name + number * 3), rows(toy.text, 8, name + number * 6)
-    names = (
-        "response token old new reference place_1 place_2 ratio clip A objective kl push".split()
-    )
-    return [dict(zip(names, map(float, a + b))) for a, b in zip(before, after, strict=True)]
+    names = ("old", "new", "reference", "ratio", "clip", "A", "objective", "kl", "push")
+    tokens = []
+    for (response, token, *first), (*_, a, b, c, d, e, f) in zip(before, after, strict=True):
+        numbers = map(float, (*first, a, b, c, d, e, f))
+        tokens.append({"place": (int(response) - 1, int(token) - 1), **dict(zip(names, numbers))})
+    return tokens
 
 
 def test_responses_and_their_rewards(toy):
@@ -125,13 +125,14 @@ def test_log_probabilities_ratio_clipping_and_kl(toy, model):
     rollouts, config = toy.step.rollouts[0], toy.step.config
     expected = observe_r1.response_log_probs(model, rollouts, config)[1]  # of the untrained model
     for token in printed_tokens(toy):
-        old = expected[int(token["response"]) - 1, int(token["token"]) - 1].item()
+        old = expected[token["place"]].item()
         ratio = math.exp(token["new"] - old)
         clip = min(max(ratio, 0.8), 1.2)
         objective = min(ratio * token["A"], clip * token["A"])
         kl = 1 / ratio - math.log(1 / ratio) - 1
-        printed = [token[name] for name in "old reference ratio clip objective kl".split()]
-        assert printed == pytest.approx([old, old, ratio, clip, objective, kl], abs=1e-4)
+        by_hand = {"old": old, "reference": old, "ratio": ratio, "clip": clip, "kl": kl}
+        by_hand["objective"] = objective
+        assert {name: token[name] for name in by_hand} == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_push_is_the_gradient_of_grpo_loss(toy):
@@ -140,21 +141,18 @@ def test_push_is_the_gradient_of_grpo_loss(toy):
     observe_r1.grpo_loss(**arguments)[0].backward()
     mask = arguments["mask"]
     weighed = arguments["log_probs"].grad * -8 * mask.sum(-1, keepdim=True)  # a token's own part
-    pushes = [token["push"] for token in itertools.chain(*toy.step.group)]
-    assert pushes == pytest.approx(weighed[mask].tolist(), rel=1e-4, abs=1e-5)
+    assert toy.step.group["push"].tolist() == pytest.approx(
+        weighed[mask].tolist(), rel=1e-4, abs=1e-5
+    )
 
 
-def test_loss_is_the_mean_of_costs_and_the_norm_is_the_logged_one(toy):
+def test_loss_is_the_mean_of_costs(toy):
     costs = []
     for objective, kl, cost in rows(toy.text, 9, r"\d +\d+ +\S+ +(\S+) +(\S+) +(\S+)$"):
         assert float(cost) == pytest.approx(0.01 * float(kl) - float(objective), abs=2e-5)
         costs.append(float(cost))
     losses = [float(loss) for loss in re.findall(r"L by \w+ +(\S+)", toy.text)]
     assert losses == pytest.approx([sum(costs) / 8] * 2, abs=1e-5)
-    norm = float(re.search(r"gradient norm +([\d.]+)", toy.text)[1])
-    other = toy.step.trace.calls["optimizer_step"][0].result
-    logged = toy.step.last("update").result["grad_norm"]  # the mean of both optimiser steps
-    assert (norm + other) / 2 == pytest.approx(logged, abs=1e-4)
 
 
 def test_text_fits_the_screen_and_looking_on_changes_nothing(toy):
@@ -175,7 +173,7 @@ def test_page_holds_the_source_and_what_it_computed(toy):
     assert "<b>returns</b> 1.8" in values["dynamic_weight"]
     assert "<b>lengths</b> <i>[2,8]</i> " in values["rollout"]  # also after lengths[chunk] = ...
     assert "data:image/webp;base64," in values["chat_messages"]
-    assert not re.search('src="(?!data:)', toy.page) and toy.page.count("<svg") == 6
+    assert not re.search('src="(?!data:)', toy.page)
 
 
 def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path):
@@ -184,7 +182,6 @@ def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path
     seen = walk(0, data=write_parquet(tmp_path / "mine.parquet", [row]), max_new_tokens=2)
     assert "<script>" not in seen.page and "&lt;script&gt;alert(1)" in seen.page
     assert "\x1b" not in seen.text and r"\x1b[31m" in seen.text
-    assert "gold '<u>7</u>'" in seen.text
     assert all(walkthrough.NOT_TAUGHT[:40] in part(seen.text, number) for number in (6, 7, 8, 9))
 
 
@@ -193,11 +190,9 @@ def test_hostile_text_is_shown_and_a_group_without_rewards_is_explained(tmp_path
     [
         (["--problem", "960"], "--problem 960: .* has the rows 0 to 959"),
         (["--data", "nowhere.parquet"], "No such file .*nowhere.parquet"),
-        (["--html", "page.html"], "pip install pygments"),
     ],
 )
 def test_mistakes_end_in_one_line(words, said, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pygments", None)
     monkeypatch.setattr(sys, "argv", ["walkthrough.py", *words])
     with pytest.raises(SystemExit, match=said) as end:
         walkthrough.main()

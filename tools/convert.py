@@ -5,18 +5,21 @@
     python tools/convert.py mine.xlsx data/mine.parquet --picture scan --question ask --answer reply
     python tools/convert.py chats.jsonl data/chats.parquet --picture images --question messages
 
-It reads Parquet, JSON lines, JSON, CSV and TSV, workbooks (pip install openpyxl), folders and
-data sets of the hub. Known data sets are told by their columns (PRESETS below); of any other table
-the options name the columns, and what nobody names is not guessed. The output has the columns images,
-question, answer, id and category, and the ladder's three where the source is a ladder.
+It reads Parquet, JSON lines, JSON, CSV and TSV, workbooks (pip install openpyxl), folders of shards
+and data sets of the hub. Known data sets are told by their columns (PRESETS below); of any other
+table the options name the columns, and what nobody names is not guessed. The output has the columns
+images, question, answer, id and category, and the ladder's three where the source is a ladder.
 
 Nothing is written unless every row can be used, or --skip_bad true leaves the others out. Rows count
-from 0. Whatever is changed, left out or refused is counted on screen with an example. Nothing in the
-data is ever evaluated, and no web address in it is opened.
+from 0, and each that cannot be used is named with the reason. Whatever is changed, left out or
+refused is counted on screen with an example. Nothing in the data is ever run, and no web address in
+it is opened.
 """
 
 import argparse
+import ast
 import base64
+import binascii
 import csv
 import functools
 import io
@@ -25,18 +28,25 @@ import json
 import os
 import re
 import sys
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date, time
 from pathlib import Path
 
 import datasets
-import pyarrow
+import numpy as np
+import pandas
 import pyarrow.parquet
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rewards import answers_match
+
+ERRORS = (  # what the libraries raise at files that they cannot read
+    ValueError, OSError, ImportError, csv.Error, zipfile.BadZipFile, pyarrow.ArrowException,
+    datasets.exceptions.DatasetsError, RecursionError,
+)  # fmt: skip
 
 
 class Unusable(ValueError):
@@ -45,22 +55,14 @@ class Unusable(ValueError):
 
 def short(value, size=60):
     """A value on one line of at most `size` characters."""
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    text = " ".join(str(value).split())
     return text if len(text) <= size else text[: size - 1] + "…"
-
-
-def is_filled(value):
-    """Whether there is anything in a cell. 0 and False are something."""
-    if isinstance(value, (int, float)):
-        return True
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 # ----------------------------------------------------------------------------------------- layouts
 
 
 FIELDS = ("picture", "question", "answer", "options", "id", "category")
-ADVICE = "name them with --picture, --question, --answer, --options, --id and --category"
 
 
 @dataclass(frozen=True)
@@ -138,30 +140,28 @@ PRESETS = [
     # hiyouga/geometry3k; these are the default names of EasyR1, too.
     Layout("Geometry3K or another file of EasyR1", "images", "problem", "answer", exact=True),
 ]  # fmt: skip
+OWN = Layout("columns", "images", "question", "answer", id="id", category="category")
 SCORES = {"difficulty": "float64", "complexity": "float64", "stage": "int64"}
-OURS = {"images", "question", "answer", "id", "category", *SCORES}
 
 
 def choose_layout(names, settings):
     """The layout of a table with these columns: a preset, or our own names, and the options."""
-    own = Layout(
-        **{"picture" if name == "images" else name: name for name in names & OURS - SCORES.keys()}
-    )
-    layout = next((preset for preset in PRESETS if preset.fits(names)), own)
     given = {field: value for field in (*FIELDS, "answer_is") if (value := vars(settings)[field])}
     if "question" in given:
         given["before"] = ""
-    there = f"there are the columns {', '.join(sorted(names))}"
-    if layout == own and not (names <= OURS or given):
-        raise Unusable(f"not the columns of a known data set: {there}; {ADVICE}")
+    ours = OWN.columns(names) | SCORES.keys()
+    layout = next((preset for preset in PRESETS if preset.fits(names)), OWN)
+    if layout == OWN and not (names <= ours or given):
+        raise Unusable(
+            "not the columns of a known data set: choose with --picture, --question, --answer, "
+            f"--options, --id and --category from {sorted(names)}"
+        )
     layout = replace(layout, **given)
-    if missing := sorted(layout.columns(names) - names):
-        raise Unusable(f"no column {', '.join(missing)}: {there}")
-    read = [f"{field} {getattr(layout, field)}" for field in FIELDS if getattr(layout, field)]
-    scores = [name for name in SCORES if name in names and names <= OURS]
-    print(f"{layout.name}: {', '.join(read + scores)}")
-    if unread := sorted(names - layout.columns(names) - set(scores)):
-        print(f"  columns not read: {', '.join(unread)}")
+    if missing := layout.columns(names) - names - ours:
+        raise Unusable(f"no column {', '.join(sorted(missing))}, only {sorted(names)}")
+    scores = [name for name in SCORES if name in names <= ours]
+    read = names & layout.columns(names) | {*scores}
+    print(f"{layout.name}: reads {sorted(read)}, leaves out {sorted(names - read)}")
     return layout, scores
 
 
@@ -175,118 +175,81 @@ def cell(row, name):
 
 
 # ----------------------------------------------------------------------------------------- readers
-# Each yields rows (dictionaries), so that memory holds a few of them at a time. JSON files and
-# workbooks are held whole, and may have several parts: a dictionary from names to lists of rows.
+# Each gives rows (dictionaries), few of them at a time. JSON files and workbooks are held whole and
+# may have several parts: a dictionary from names to lists of rows.
 
 
 def read_lines(file):
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise Unusable(f"{file}: line {number} is not JSON: {error}") from error
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise Unusable(f"line {number} is not JSON: {error}") from error
 
 
 def read_json(file):
-    """A list of rows, or several lists by their names."""
+    """A list of rows, several lists by their names, or lines, which some call .json, too."""
     try:
         data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise Unusable(f"{file} is not JSON; name it .jsonl if it is lines ({error})") from error
-    parts = data if isinstance(data, dict) else {"": data}
-    return {name: part for name, part in parts.items() if is_table(part)}
-
-
-def is_table(part):
-    return isinstance(part, list) and all(isinstance(row, dict) for row in part)
+    except ValueError:
+        return read_lines(file)
+    if isinstance(data, dict):
+        return {name: part for name, part in data.items() if isinstance(part, list)}
+    return data if isinstance(data, list) else []
 
 
 def read_sheets(file):
-    try:
-        import openpyxl
-
-        sheets = openpyxl.load_workbook(file, data_only=True).worksheets
-    except ImportError as error:
-        raise Unusable(f"{file}: first pip install openpyxl") from error
-    except Exception as error:  # a broken workbook makes it raise whatever it meets
-        raise Unusable(f"{file} cannot be read: {error}") from error
-    parts = {}
-    for sheet in sheets:
-        if sheet._images:
-            raise Unusable(
-                f"{file}: pictures are pasted into {sheet.title}; write their paths there"
-            )
-        header, *rows = sheet.iter_rows(values_only=True) if sheet.max_row > 1 else [()]
-        names = [str(name).strip() for name in header]
-        parts[sheet.title] = [dict(zip(names, row)) for row in rows if any(row)]
-    return {name: rows for name, rows in parts.items() if rows}
-
-
-def choose_part(file, parts, subset):
-    """The rows of one of several parts, or of all; the column `part` keeps the name."""
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    if subset != "all" and subset not in parts:
-        there = ", ".join(parts) or "no rows with named columns"
-        raise Unusable(f"{file} holds {there}: choose with --subset NAME, or --subset all")
-    wanted = parts if subset == "all" else [subset]
-    return [{"part": name} | row for name in wanted for row in parts[name]]
+    sheets = pandas.read_excel(file, sheet_name=None, dtype=object, na_filter=False)
+    if any("/media/" in name for name in zipfile.ZipFile(file).namelist()):
+        raise Unusable("pictures are pasted into it; write their paths there")
+    return {name: sheet.to_dict("records") for name, sheet in sheets.items() if len(sheet)}
 
 
 def read_text_table(file):
     """Text with a header, and tabs, commas or semicolons. Every cell stays the text that it is."""
     csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        header = lines.readline()
+        separator = max(",;\t", key=lines.readline().count)
         lines.seek(0)
-        separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
         table = csv.DictReader(lines, delimiter=separator, strict=True)
-        try:
-            names = table.fieldnames = [name.strip() for name in table.fieldnames or []]
-            if len(set(names)) < len(names):
-                raise Unusable(f"{file}: two columns have one name: {', '.join(names)}")
-            for row in table:
-                if None in (*row, *row.values()):  # what DictReader makes of such lines
-                    raise Unusable(f"{file}: line {table.line_num} has more or fewer fields")
-                yield row
-        except csv.Error as error:
-            raise Unusable(f"{file}: {error}; is a quote left open?") from error
+        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        if len({*table.fieldnames}) < len(table.fieldnames):
+            raise Unusable(f"two columns have one name: {table.fieldnames}")
+        for row in table:
+            if None in (*row, *row.values()):  # what DictReader makes of such lines
+                raise Unusable(f"line {table.line_num} has more or fewer fields than the header")
+            yield row
 
 
 def read_parquet(file):
     with pyarrow.parquet.ParquetFile(file) as table:
-        note = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", "{}"))
-        features = note.get("info", {}).get("features", {})
+        features = datasets.Features.from_arrow_schema(table.schema_arrow)
         for batch in table.iter_batches(batch_size=16):
-            yield from arrow_rows(pyarrow.Table.from_batches([batch]), features)
+            yield from named_classes(batch.to_pylist(), features)
 
 
-def arrow_rows(table, features):
-    """Rows with class labels as their names and 32-bit numbers as their shortest decimals.
-
-    1.1 in 32 bits is 1.100000023841858 in Python's 64, which no answer would match.
-    """
-    fields = [field.with_type(without_short_floats(field.type)) for field in table.schema]
-    classes = {name: kind["names"] for name, kind in features.items() if "names" in kind}
-    for row in table.cast(pyarrow.schema(fields)).to_pylist():
-        for name, names in classes.items():
-            number = row[name]
-            row[name] = None if number is None or number < 0 else names[number]
-        yield row
+def read_dataset(source, settings):
+    """The rows of a folder of shards, or of a data set of the hub, pictures left encoded."""
+    if tables := [*Path(source).rglob("*.csv"), *Path(source).rglob("*.tsv")]:
+        raise Unusable(f"name the table in it: {tables[0]}")  # the library reads 05 as 5
+    data = datasets.load_dataset(source, settings.subset, streaming=True)
+    split = settings.split or (next(iter(data)) if len(data) == 1 else "")
+    if split not in data:
+        raise Unusable(f"choose one of the splits {', '.join(data)} with --split")
+    for table in data[split].with_format("arrow").iter(16):
+        yield from named_classes(table.to_pylist(), data[split].features or {})
 
 
-def without_short_floats(kind):
-    """An Arrow type with text in place of 32-bit numbers, inside lists and structs, too."""
-    if pyarrow.types.is_float32(kind):
-        return pyarrow.string()
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(without_short_floats(kind.value_type))
-    if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([f.with_type(without_short_floats(f.type)) for f in kind])
-    return kind
+def named_classes(rows, features):
+    """Rows with the names of classes in place of their numbers."""
+    classes = {}
+    for name, kind in features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            classes[name] = dict(enumerate(kind.names))
+    for row in rows:
+        yield row | {name: names.get(row[name]) for name, names in classes.items()}
 
 
 READERS = {
@@ -296,61 +259,22 @@ READERS = {
 
 
 def open_source(source, settings):
-    """A generator of (row, folder of its pictures) for a file, a folder or a hub data set."""
+    """The rows of a file, a folder or a hub data set, and the folder of their pictures."""
     path = Path(source)
-    if path.is_file():
-        if settings.split:
-            raise Unusable(f"--split {settings.split}: {path} is one file without splits")
-        return file_rows(path, settings.subset, path.parent)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return saved_rows(datasets.load_from_disk(source), path, settings)
-    tables = [*path.rglob("*.csv"), *path.rglob("*.tsv")]
-    if tables:  # the library would read 05 as the number 5
-        raise Unusable(f"{path}: name the table in it: {tables[0]}")
-    try:
-        data = datasets.load_dataset(source, settings.subset, streaming=True)
-    except Exception as error:  # whatever the library and the network raise
-        raise Unusable(
-            f"{source}: no file or folder that can be read, nor a hub id (--subset NAME chooses "
-            f"a configuration): {short(str(error), 300)}"
-        ) from error
-    return saved_rows(data, path if path.is_dir() else Path("."), settings)
-
-
-def file_rows(file, subset, folder):
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise Unusable(f"{file}: none of {' '.join(READERS)}")
-    with open(file, "rb") as stream:
-        if stream.read(20) == b"version https://git-":
-            raise Unusable(f"{file} is a Git LFS pointer, not the data: git lfs pull")
-    try:
-        rows = reader(file)
-        if isinstance(rows, dict):
-            rows = choose_part(file, rows, subset)
-        elif subset:
-            raise Unusable(f"--subset {subset}: {file} is one table without parts")
-        for row in rows:
-            if not isinstance(row, dict):
-                raise Unusable(f"{file}: not a row with named columns: {short(row)}")
-            yield row, folder
-    except UnicodeDecodeError as error:
-        raise Unusable(f"{file} is not UTF-8: save it as UTF-8 ({error})") from error
-    except pyarrow.ArrowException as error:
-        raise Unusable(f"{file} cannot be read: {error}") from error
-
-
-def saved_rows(data, folder, settings):
-    """The rows of a data set of the library `datasets`, pictures left encoded."""
-    if isinstance(data, dict):
-        split = settings.split or (next(iter(data)) if len(data) == 1 else None)
-        if split not in data:
-            raise Unusable(f"choose one of the splits {', '.join(data)} with --split")
-        data = data[split]
-    features = data.features.to_dict() if data.features else {}
-    for table in data.with_format("arrow").iter(16):
-        for row in arrow_rows(table, features):
-            yield row, folder
+    if path.suffix.lower() not in READERS:
+        return read_dataset(source, settings), path
+    parts = READERS[path.suffix.lower()](path)
+    wanted = settings.subset or settings.split
+    if not isinstance(parts, dict):
+        if wanted:
+            raise Unusable(f"{wanted} cannot be chosen: the file is one table without parts")
+        return parts, path.parent
+    if len(parts) == 1 and not wanted:
+        return next(iter(parts.values())), path.parent
+    chosen = parts if wanted == "all" else [wanted]
+    if not parts.keys() >= {*chosen}:
+        raise Unusable(f"choose one of {', '.join(parts)} with --subset, or --subset all")
+    return ({"part": name} | row for name in chosen for row in parts[name]), path.parent
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -368,16 +292,14 @@ def find_pictures(row, columns, folder):
 
 def read_pictures(value, folder):
     """The encoded pictures of a cell: bytes, paths, base64, data URIs, dicts, or lists of these."""
-    if not is_filled(value):
-        return []
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.startswith("["):
         value = read_printed_list(value)
+    if not value:
+        return []
     if isinstance(value, list):
         return [picture for item in value for picture in read_pictures(item, folder)]
     if isinstance(value, dict):
-        for key in ("bytes", "path", "url"):
-            if is_filled(value.get(key)):
-                return read_pictures(value[key], folder)
+        value = value.get("bytes") or value.get("path") or value.get("url")
     if isinstance(value, bytes):
         return [clean_picture(value)]
     if isinstance(value, str):
@@ -386,35 +308,26 @@ def read_pictures(value, folder):
 
 
 def read_picture_text(text, folder):
-    """The picture behind a data URI, a path, or base64."""
-    if text.startswith("data:"):
-        return clean_picture(decode_base64(text.partition(",")[2]))
+    """The picture behind a path, a data URI, or base64."""
     if re.match(r"\w+://", text):
         raise Unusable(f"a web address is not opened: download {short(text)} and give its path")
-    if len(text) < 250:
-        if file := find_file(folder / text.replace("\\", "/")):
-            return read_picture_file(file)
+    if len(text) < 250 and not text.startswith("data:"):
+        for ending in ("", ".png", ".jpg"):  # SceMQA leaves it out
+            file = folder / f"{text}{ending}".replace("\\", "/")
+            if file.is_file():
+                return read_picture_file(file)
         if "." in text or len(text) < 60:
             raise Unusable(f"no such picture file: {folder / text} (--image_folder DIR)")
-    return clean_picture(decode_base64(text))
-
-
-def find_file(path):
-    """The file of this name; SceMQA leaves the ending out."""
-    endings = [end for end in ("", ".png", ".jpg") if Path(f"{path}{end}").is_file()]
-    return Path(f"{path}{endings[0]}") if len(endings) == 1 else None
+    code = "".join(text.rpartition(",")[2].split())  # behind the head of a data URI
+    try:
+        return clean_picture(base64.b64decode(code, validate=True))
+    except binascii.Error as error:
+        raise Unusable(f"neither a picture file nor base64: {short(text)} ({error})") from error
 
 
 @functools.lru_cache(maxsize=64)  # neighbouring rows often ask about one picture
 def read_picture_file(file):
     return clean_picture(file.read_bytes())
-
-
-def decode_base64(text):
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as error:
-        raise Unusable(f"neither a picture file nor base64: {short(text)} ({error})") from error
 
 
 def clean_picture(data):
@@ -456,26 +369,25 @@ MARK = re.compile(
     r"(?:</(?:image|img)>)?|!\[[^\]\n]*\]\([^)\n]*\))(?:<\|vision_end\|>)?"
 )
 FORBIDDEN = re.compile(r"(?i)<\|[^<>|\s]+\|>|<(?:video|audio)[^<>]*>")
-ROLES = ("system", "user", "human", "assistant", "gpt")
 
 
 def read_chat(turns, notes):
     """Question, the pictures in it (None: the next of the picture column), and the reply."""
-    question, pictures, reply = None, [], None
+    question, pictures, reply = "", [], None
     for turn in turns:
-        role = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
-        if role not in ROLES:
-            raise Unusable(f"not a message of {', '.join(ROLES)}: {short(turn)}")
+        role = turn.get("role") or turn.get("from")
         text, found = read_message(turn.get("content") or turn.get("value") or "")
         if role == "system":
             notes["system messages left out"] = short(text)
         elif role in ("assistant", "gpt"):
             reply = text
-        elif question is not None:
+        elif role not in ("user", "human"):
+            raise Unusable(f"not a message of a user or an assistant: {short(turn)}")
+        elif question:
             raise Unusable("several questions in one conversation: make a row of each")
         else:
             question, pictures = text, found
-    return question or "", pictures, reply
+    return question, pictures, reply
 
 
 def read_message(content):
@@ -484,14 +396,14 @@ def read_message(content):
         return content, []
     text, pictures = "", []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "image_url"):
-            raise Unusable(f"not a part with text or a picture: {short(part)}")
+        kind = part.get("type")
         if kind == "text":
             text += part.get("text") or ""
-        else:  # Arrow fills the keys that only other parts have with None
-            text += "<image>"
+        elif kind in ("image", "image_url"):
+            text += "<image>"  # Arrow fills the keys that only other parts have with None
             pictures.append(part.get("image") or part.get("image_url"))
+        else:
+            raise Unusable(f"not a part with text or a picture: {short(part)}")
     return text, pictures
 
 
@@ -519,9 +431,6 @@ LABELS = [  # "(A) x"; and "A. x", "A: x" or "A) x" at the start or after white 
     re.compile(r"\(([A-Z])\)[.:]?\s*"),
     re.compile(r"(?:^|(?<=[\s;,]))([A-Z])[.:)．：]\s*(?=\S)"),
 ]
-PRINTED = re.compile(
-    r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,'\"\[\]()][^,'\"\[\]()]*)", re.DOTALL
-)
 FINAL_ANSWERS = [  # in the order in which they are unwrapped; braces may stand in three others
     re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL),
     re.compile(
@@ -531,21 +440,26 @@ FINAL_ANSWERS = [  # in the order in which they are unwrapped; braces may stand 
     re.compile(r"####\s*(.+?)\s*\Z"),
     re.compile(r"(?im:\banswer is:?|^\W*(?:final )?answer\s*:)\s*(.+?)\.?\s*\Z"),
 ]
+PRINTED_GOLDS = re.compile(
+    r"\s*\[\s*(?:['\"].*['\"]|[^\[\],]*)\s*\]\s*", re.DOTALL
+)  # "['8', '8.0']"
 WRAPPED = re.compile(r"(?i)</?(?:answer|think|solution)>|\\f?boxed|####")
 NOTHING = re.compile(r"|none|n/?a|nan|null|unknown|[?-]", re.IGNORECASE)  # "?" hides MMMU's golds
 
 
 def read_printed_list(text):
-    """The strings of a list in JSON or as Python prints it, without evaluating anything."""
+    """The list in a text in JSON or as Python prints it: literals alone, nothing is run."""
     try:
         return json.loads(text)
-    except ValueError:
-        pass  # a list as Python prints it has other quotes
-    body = text.strip()[1:-1]
-    items = [single or double or bare.strip() for single, double, bare in PRINTED.findall(body)]
-    if text.strip()[-1:] != "]" or PRINTED.sub("", body).strip(" ,\n"):
-        raise Unusable(f"not a list: {short(text)}")
-    return [re.sub(r"\\(['\"\\])", r"\1", item) for item in items]
+    except ValueError:  # a list as Python prints it has other quotes
+        literal = re.sub(r"(?<!\\)\\(?=[a-zA-Z])", r"\\\\", text)  # \theta begins with no tab
+    try:
+        items = ast.literal_eval(literal)
+    except (ValueError, SyntaxError) as error:
+        raise Unusable(f"not a list: {short(text)}") from error
+    if len(items) == 1 and re.search(r"['\"]\s+['\"]", text):  # which Python would join
+        raise Unusable(f"a list without commas: {short(text)}")
+    return items
 
 
 def read_text(value):
@@ -554,11 +468,15 @@ def read_text(value):
         raise Unusable(f"a {type(value).__name__} is not text, {short(value)}: write it as text")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip() if is_filled(value) else ""
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        value = np.float32(value)  # whose shortest decimal is 1.1, not 1.100000023841858
+    return "" if value is None else str(value).strip()
 
 
 def read_gold(value, pattern=""):
     """The final answer alone, out of a list, tags, a box, "#### 4" or "The answer is 4"."""
+    if isinstance(value, str) and PRINTED_GOLDS.fullmatch(value):
+        value = read_printed_list(value)
     if isinstance(value, list):
         return only_one([read_text(item) for item in value])
     gold = read_text(value)
@@ -567,8 +485,6 @@ def read_gold(value, pattern=""):
     for final in FINAL_ANSWERS:
         if found := final.findall(gold):
             gold = only_one(found)
-    if re.fullmatch(r"\[\s*['\"].*['\"]\s*\]|\[[^\[\],]*\]", gold, re.DOTALL):  # "['8', '8.0']"
-        gold = only_one([read_text(item) for item in read_printed_list(gold)])
     return gold
 
 
@@ -631,11 +547,11 @@ def letter_of(gold, options):
     pattern = r"(?:(?:option|choice)\s+)?\(?([A-Z])\)?(?:[).:]\s*(.*))?"
     match = re.fullmatch(pattern, gold.strip("$ "), re.IGNORECASE | re.DOTALL)
     if not match:
-        return None
+        return ""
     letter, text = match[1].upper(), plain(match[2] or "")
     place = LETTERS.index(letter)
     is_quoted = place < len(options) and text == plain(options[place])
-    return letter if not text or is_quoted else None
+    return letter if not text or is_quoted else ""
 
 
 def find_texts(gold, options):
@@ -643,25 +559,22 @@ def find_texts(gold, options):
     same = [plain(option) == plain(gold) for option in options]
     if not any(same) and not letter_of(gold, options):
         same = [answers_match(gold, option) for option in options]
-    return [letter for letter, is_same in zip(LETTERS, same) if is_same]
+    return "".join(itertools.compress(LETTERS, same))
 
 
 def name_option(gold, options, answer_is):
     """The letter of the option that a gold means; one with two meanings, or none, is refused."""
-    texts = find_texts(gold, options)
-    meanings = {"letter": letter_of(gold, options), "text": texts[0] if len(texts) == 1 else None}
+    meanings = {"letter": letter_of(gold, options), "text": find_texts(gold, options)}
     if answer_is in ("0", "1") and gold.isdecimal():
         place = int(gold) - int(answer_is)
         meanings = {answer_is: LETTERS[place : place + 1]}
-    letters = list(LETTERS[: len(options)])
-    meanings = {how: letter for how, letter in meanings.items() if letter in letters}
-    answers = {meanings[answer_is]} if answer_is in meanings else set(meanings.values())
-    if len(answers) == 1:
-        return answers.pop()
-    what = "a letter and a text" if meanings else "several" if texts else "none"
+    letters = meanings.get(answer_is) or "".join(meanings.values())
+    letters = {*letters} & {*LETTERS[: len(options)]}
+    if len(letters) == 1:
+        return letters.pop()
     raise Unusable(
-        f"the answer {gold!r} is {what} of the options {short(options, 200)} "
-        "(--answer_is says whether answers are letters, texts, or numbers from 0 or 1)"
+        f"the answer {gold!r} means {' and '.join(sorted(letters)) or 'none'} of the options "
+        f"{short(options, 200)} (--answer_is letter, text, or 0 or 1 where numbers start)"
     )
 
 
@@ -688,7 +601,8 @@ def convert_row(row, number, folder, layout, scores):
     """A row in our columns, and what was changed; Unusable says why it cannot be used."""
     notes = {}
     question, reply, pictures = read_question(row, layout, folder, notes)
-    value = cell(row, layout.answer) if layout.answer else reply
+    value = cell(row, layout.answer)
+    value = reply if value is None else value
     gold = read_gold(value, layout.gold)
     options = read_options(row, layout.options)
     if options and isinstance(value, int) and not layout.answer_is:
@@ -707,8 +621,7 @@ def convert_row(row, number, folder, layout, scores):
     question, images = place_marks(question, pictures, layout.one_picture)
     if forbidden := FORBIDDEN.search(question):
         raise Unusable(f"the question holds the control token {forbidden[0]}")
-    if not images:
-        notes["problems without a picture"] = short(question)
+    notes[f"problems with {len(images)} pictures"] = f"{short(question)} → {answer}"
     (question + answer).encode()  # half of a surrogate pair, as cut texts end with, is no text
     out = {
         "images": [{"bytes": image, "path": None} for image in images],
@@ -717,7 +630,7 @@ def convert_row(row, number, folder, layout, scores):
         "id": read_text(cell(row, layout.id)) or str(number),
         "category": read_text(cell(row, layout.category)),
     }
-    return out | {name: read_score(name, row.get(name)) for name in scores}, notes
+    return out | {name: float(row.get(name)) for name in scores}, notes
 
 
 def read_question(row, layout, folder, notes):
@@ -737,35 +650,33 @@ def read_question(row, layout, folder, notes):
     return question.strip(), reply, pictures
 
 
-def read_score(name, value):
-    """A number of the ladder: a share, a length, or the whole number of a stage."""
-    number = float(value) if is_filled(value) else -1.0
-    if number < 0 or (name == "stage" and number % 1):
-        raise Unusable(f"{name} is {value!r}: leave the column out, or run the ladder")
-    return number
-
-
 # ---------------------------------------------------------------------------------------- the file
 
 
 def convert(settings):
     """Read, convert and write, with a report on screen; Unusable if nothing may be written."""
     output = Path(settings.output)
-    check_output(output, settings.overwrite)
-    rows = open_source(settings.source, settings)
+    if output.suffix != ".parquet" or not output.parent.is_dir():
+        raise Unusable(f"{output}: the output must be NAME.parquet in a folder that exists")
+    if output.exists() and settings.overwrite == "false":
+        raise Unusable(f"{output} exists: --overwrite true replaces it")
+    rows, folder = open_source(settings.source, settings)
+    rows = iter(rows)
     first = next(rows, None)
-    if first is None:
-        raise Unusable(f"{settings.source} has no rows")
-    layout, scores = choose_layout(set(first[0]), settings)
-    report = Report()
-    good = convert_rows(itertools.chain([first], rows), layout, scores, settings, report)
+    if not isinstance(first, dict):
+        raise Unusable("there are no rows with named columns")
+    layout, scores = choose_layout({*first}, settings)
+    counts, examples = Counter(), {}
+    folder = Path(settings.image_folder or folder)
+    good = convert_rows(itertools.chain([first], rows), folder, layout, scores, counts, examples)
     part = output.with_name(output.name + ".part")
     try:
         write_rows(good, scores, part)
-        report.show()
-        if report.refused and (settings.skip_bad == "false" or not report.problems):
+        for kind, example in examples.items():
+            print(f"  {kind}: {counts[kind]}, for example {example}")
+        if counts["refused"] and (settings.skip_bad == "false" or not counts["used"]):
             raise Unusable(
-                f"{report.refused} rows cannot be used, so nothing is written: "
+                f"{counts['refused']} rows cannot be used, so nothing is written: "
                 "mend them, or leave them out with --skip_bad true"
             )
         os.replace(part, output)
@@ -777,74 +688,36 @@ def convert(settings):
     )
 
 
-class Report:
-    """What was used, changed and refused, counted by kind, with the first example of each."""
+def convert_rows(rows, folder, layout, scores, counts, examples):
+    """The rows that can be used, in our columns; each other one is named on screen.
 
-    problems = pictures = refused = 0
-
-    def __init__(self):
-        self.kinds, self.examples = Counter(), {}
-
-    def add(self, number, notes):
-        for kind, example in notes.items():
-            self.kinds[kind] += 1
-            self.examples.setdefault(kind, f"row {number}: {example}")
-
-    def show(self):
-        print(
-            f"{self.problems} problems with {self.pictures} pictures; {self.refused} rows refused"
-        )
-        for kind, count in self.kinds.most_common():
-            print(f"  {kind}: {count}, for example {self.examples[kind]}")
-
-
-def convert_rows(rows, layout, scores, settings, report):
-    """The rows that can be used, in our columns; the first twenty others are named on screen."""
-    ids, names = set(), set()
-    for number, (row, folder) in enumerate(rows):
-        names = names or set(row)  # those of the first row, by which the layout was chosen
-        late = ", ".join(set(row) - names)
+    What was changed or refused is counted by kind, with the first example of each.
+    """
+    for number, row in enumerate(rows):
         try:
-            if "images" in late:
-                raise Unusable(f"row 0 has no column {late}: give it an empty one")
-            out, notes = convert_row(
-                row, number, Path(settings.image_folder or folder), layout, scores
-            )
-        except (ValueError, OSError) as error:
-            reason = short(str(error), 300)
-            report.add(number, {"refused, " + re.split(r"[:'\d]", reason)[0].strip(): reason})
-            report.refused += 1
-            if report.refused <= 20:
-                print(f"  row {number} cannot be used: {reason}")
-            continue
-        if late:
-            notes["columns not read, because row 0 has none of the name"] = late
-        if out["id"] in ids:
-            notes["ids that come again"] = out["id"]
-        ids.add(out["id"])
-        report.problems += 1
-        report.pictures += len(out["images"])
-        report.add(number, notes)
-        yield out
+            out, notes = convert_row(row, number, folder, layout, scores)
+        except (ValueError, OSError, AttributeError, TypeError) as error:
+            # The last two are what rows of unforeseen shapes make Python raise.
+            reason = short(f"{error}", 300)
+            print(f"  row {number} cannot be used: {reason}")
+            out, notes = None, {"refused, " + re.match(r".?[^:'\d]*", reason)[0].strip(): reason}
+        counts["used" if out else "refused"] += 1
+        for kind, example in notes.items():
+            counts[kind] += 1
+            examples.setdefault(kind, f"row {number}: {example}")
+        if out:
+            yield out
 
 
 def write_rows(rows, scores, file):
     """Write groups of few rows: readers fail on nested columns of groups beyond 2 GB."""
-    text = datasets.Value("string")
-    columns = {"images": datasets.List(datasets.Image()), "question": text, "answer": text}
-    columns |= {"id": text, "category": text}
+    columns = dict.fromkeys(("question", "answer", "id", "category"), datasets.Value("string"))
+    columns = {"images": datasets.List(datasets.Image()), **columns}
     columns |= {name: datasets.Value(SCORES[name]) for name in scores}
     schema = datasets.Features(columns).arrow_schema
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(rows, 32)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
-
-
-def check_output(output, overwrite):
-    if output.suffix != ".parquet" or not output.parent.is_dir():
-        raise Unusable(f"{output}: the output must be NAME.parquet in a folder that exists")
-    if output.exists() and overwrite == "false":
-        raise Unusable(f"{output} exists: --overwrite true replaces it")
 
 
 def parse_options(arguments=None):
@@ -870,10 +743,11 @@ def parse_options(arguments=None):
 
 
 def main(arguments=None):
+    settings = parse_options(arguments)
     try:
-        convert(parse_options(arguments))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"convert: {error}")
+        convert(settings)
+    except ERRORS as error:
+        sys.exit(f"convert: {settings.source}: {error}")
 
 
 if __name__ == "__main__":

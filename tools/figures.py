@@ -1,21 +1,18 @@
 """The README's figures, each drawn from the functions themselves or from stored results.
 
-    python tools/figures.py                 # all of them, into toy/figures/
-    python tools/figures.py mask clip       # only these
+    python tools/figures.py     # all of them, into toy/figures/
 
 ladder, weight, group, mask and clip call the functions of observe_r1.py and rewards.py. accuracy
 and ablations draw toy/ablations.json, rollouts draws toy/rollouts.json: toy/ablate.py writes both.
 Needs matplotlib (pip install matplotlib). The same input gives the same bytes.
 """
 
-import argparse
-import base64
-import io
 import json
 import statistics
 import sys
 import textwrap
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -27,7 +24,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(TOY)]
 
 import ablate
 import report
-from report import BLUE, CARD, FAINT, GOLD, GREEN, GREY, INK, RED, VIOLET, new_figure, style_axes
+from report import (
+    BLUE,
+    CARD,
+    GOLD,
+    GREEN,
+    GREY,
+    INK,
+    RED,
+    VIOLET,
+    new_figure,
+    style_axes,
+)
 
 from observe_r1 import group_advantages, grpo_loss, mix_ladder, packed_attention
 from rewards import dynamic_weight
@@ -62,19 +70,13 @@ def weight():
     """The dynamic weight of a group by how many of its eight responses are right."""
     figure = new_figure(5.2, 2.9)
     axes = figure.subplots()
-    solved = list(range(9))
+    solved = range(9)
     weights = [dynamic_weight([i < right for i in range(8)]) for right in solved]
-
-    axes.bar(solved, weights, 0.6, color=BLUE)
-    for right, value in zip(solved, weights):
-        axes.text(right, value + 0.05, f"{value:g}", ha="center", fontsize=8, color=INK)
-
+    bars = axes.bar(solved, weights, 0.6, color=BLUE)
+    axes.bar_label(bars, fmt="%g", fontsize=8, color=INK)
+    axes.set(xlabel="right responses of the group's eight", ylabel="weight w")
+    axes.set(xticks=solved, ylim=(0, 2.1))
     style_axes(axes)
-    axes.grid(visible=False, axis="x")
-    axes.set_xticks(solved)
-    axes.set_ylim(0, 2.1)
-    axes.set_xlabel("right responses of the group's eight")
-    axes.set_ylabel("weight w")
     return figure
 
 
@@ -89,21 +91,15 @@ def group():
         w = dynamic_weight(correct)
         both = group_advantages(reward.repeat(2, 1), torch.tensor([1.0, w]))
         titles = (f"reward: {name}", "(r − mean) / std", f"times w = {w:g}")
-        for axes, values, title in zip(row, (reward.tolist(), *both.tolist()), titles):
+        for axes, values, title in zip(row, (reward, *both), titles):
             colours = [GREEN if value > 0 else RED for value in values]
-            axes.barh(places, values, 0.62, color=colours)
-            for place, value in zip(places, values):
-                text = f"{value:+.2f}" if axes is not row[0] else f"{value:g}"
-                side = "left" if value >= 0 else "right"
-                axes.text(value, place, f" {text} ", ha=side, va="center", fontsize=8, color=INK)
+            bars = axes.barh(places, values.tolist(), 0.62, color=colours)
+            axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color=INK)
             axes.axvline(0, color=GREY, linewidth=0.8)
             axes.set_title(title)
+            axes.margins(x=0.3)
             style_axes(axes)
-            axes.grid(visible=False, axis="y")
-        row[0].set(yticks=places, xlim=(0, 1.3), ylabel="response")
-        row[0].set_ylim(8.6, 0.4)
-        row[1].set_xlim(-2, 3.4)
-        row[2].set_xlim(-2.7, 3.0)
+        row[0].set(yticks=places, ylim=(8.6, 0.4), ylabel="response")
     return figure
 
 
@@ -129,17 +125,15 @@ def mask():
         axes.bar(column, 0.86, 0.86, row - 0.43, color=colours[names[column][0]])
     style_axes(axes)
     axes.grid(visible=False)
-    size = len(names)
-    for border in np.cumsum([*PACKED.values()])[:-1] - 0.5:
-        axes.axhline(border, color=FAINT, linewidth=0.8)
-        axes.axvline(border, color=FAINT, linewidth=0.8)
-    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
-    axes.set_xticks(range(size), names)
-    axes.set_yticks(range(size), names)
+    places = range(len(names))
+    axes.set_xticks(places, names)
+    axes.set_yticks(places, names)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
-    axes.spines["bottom"].set_visible(False)
-    axes.set(xlabel="… sees this one: prompt p, responses a, b and c", ylabel="this token …")
+    axes.margins(0)
+    axes.invert_yaxis()
+    label = "… sees this one: prompt p, responses a, b and c"
+    axes.set(xlabel=label, ylabel="this token …", aspect="equal")
     return figure
 
 
@@ -150,27 +144,21 @@ def clip():
     ratios = torch.linspace(0.02, 2, 199)
     one = torch.ones(1, 1)
     for advantage, colour in ((1.0, GREEN), (-1.0, RED)):
-        objective, moves = np.zeros((2, len(ratios)))
-        for i, ratio in enumerate(ratios):
+        objective, moving = [], []  # the latter has a gap where the gradient is 0
+        for ratio in ratios:
             log_prob = ratio.log().view(1, 1).requires_grad_()
             loss, _ = grpo_loss(log_prob, 0 * one, None, advantage * one[0], one)
             loss.backward()
-            objective[i], moves[i] = -loss.item(), log_prob.grad.item() != 0
-        for moving, style in ((True, "-"), (False, (0, (2.2, 1.6)))):
-            part = np.where(moves == moving, objective, np.nan)
-            axes.plot(ratios.tolist(), part, color=colour, linewidth=2, linestyle=style)
-        sign = "+" if advantage > 0 else "−"
-        axes.text(0.05, 0.6 * advantage, f"advantage {sign}1", color=colour, fontsize=9)
+            objective.append(-loss.item())
+            moving.append(-loss.item() if log_prob.grad else np.nan)
+        axes.plot(ratios, objective, "--", color=colour)
+        axes.plot(ratios, moving, color=colour, linewidth=2)
+        axes.text(0.05, 0.6 * advantage, f"advantage {advantage:+g}", color=colour, fontsize=9)
 
-    for ratio in (0.8, 1.2):
-        axes.axvline(ratio, color=GREY, linewidth=0.8, linestyle=":")
-    axes.plot([1, 1], [1, -1], "o", color=INK, markersize=5)
     axes.text(1.22, 0.03, "dashed: no gradient,\nthe push has done enough", fontsize=8, color=INK)
-    style_axes(axes)
-    axes.set_xticks([0, 0.5, 0.8, 1, 1.2, 1.5, 2])
-    axes.set_xlim(0, 2)
     label = "ratio: probability now / probability when sampled"
-    axes.set(xlabel=label, ylabel="objective of a token")
+    axes.set(xlabel=label, ylabel="objective of a token", xticks=[0, 0.8, 1, 1.2, 2], xlim=(0, 2))
+    style_axes(axes)
     return figure
 
 
@@ -191,124 +179,88 @@ def accuracy():
     steps, curves = curves[0, :, 0], curves[..., 1]
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
-    for curve in curves:
-        axes.plot(steps, curve, color=BLUE, linewidth=0.7, alpha=0.6)
+    axes.plot(steps, curves.T, color=BLUE, linewidth=0.7, alpha=0.6)
     means = curves.mean(0)
     axes.plot(steps, means, color=BLUE, linewidth=2.6, marker="o", markersize=5)
-    for place, shift in ((0, (8, -4)), (-1, (-2, 9))):
-        point = (steps[place], means[place])
-        axes.annotate(f"{point[1]:.3f}", point, shift, textcoords="offset points", color=INK)
+    for place in (0, -1):
+        axes.text(steps[place], means[place] - 0.1, f"{means[place]:.3f}", ha="center", color=INK)
+    axes.set(xlabel="step", ylabel="held-out problems answered correctly", ylim=(0, 1))
+    axes.set_title(f"{len(curves)} seeds: a thin line each, their mean")
     style_axes(axes)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out problems answered correctly")
-    seeds = f"{len(curves)} seeds: a thin line each, their mean"
-    axes.set_title(seeds, loc="left", color=INK, fontsize=9)
     return figure
 
 
 def ablations():
     """Accuracy after training of each variant, and its difference to the full method by seed."""
-    variants = stored_runs()
-    shared = set.intersection(*({run["seed"] for run in runs} for runs in variants.values()))
     finals = {}
-    for variant, runs in variants.items():
-        by_seed = {run["seed"]: run["accuracy"][-1][1] for run in runs}
-        finals[variant] = [by_seed[seed] for seed in sorted(shared)]
+    for variant, runs in stored_runs().items():
+        finals[variant] = {run["seed"]: run["accuracy"][-1][1] for run in runs}
+    shared = set.intersection(*map(set, finals.values()))
+    full = [finals["full"][seed] for seed in shared]
 
     figure = new_figure(7.4, 2.9)
     left, right = figure.subplots(1, 2, sharey=True)
-    for place, (variant, values) in enumerate(finals.items()):
+    for place, (variant, by_seed) in enumerate(finals.items()):
+        values = [by_seed[seed] for seed in shared]
         left.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, alpha=0.6)
-        mean = statistics.mean(values)
-        left.plot([mean], [place], "|", color=INK, markersize=15, markeredgewidth=2)
+        left.plot(statistics.mean(values), place, "|", color=INK, markersize=15)
         if variant != "full":
-            difference, half = ablate.paired_difference(values, finals["full"])
+            difference, half = ablate.paired_difference(values, full)
             right.errorbar(difference, place, xerr=half, fmt="o", color=BLUE, capsize=3)
-
-    style_axes(left)
-    style_axes(right)
     right.axvline(0, color=INK, linewidth=0.9)
-    left.set_yticks(range(len(finals)), list(finals))
-    left.set_ylim(len(finals) - 0.5, -0.5)
+    left.invert_yaxis()
+    left.set_yticks(range(len(finals)), finals)
     left.set_xlabel(f"held-out accuracy after training:\n{len(shared)} seeds and their mean")
     right.set_xlabel("difference to full, paired by seed,\nwith its 95 % t interval")
+    style_axes(left)
+    style_axes(right)
     return figure
 
 
 def rollouts():
     """Pictures, questions and responses, before training and after it, right or wrong."""
-    problems = json.loads((TOY / "rollouts.json").read_text())
-    line_height = 0.165  # inches
-    rows = []  # (what to draw, colour, its height in lines)
-    for problem in problems:
-        rows.append((problem, INK, 3.6))
+    lines, pictures = [], {}  # what is written in which colour; pictures by their line
+    for problem in json.loads((TOY / "rollouts.json").read_text()):
+        pictures[len(lines) + 1] = Image.open(urlopen(problem["pictures"][0]))  # a data URI
+        question = f"{problem['question']}  ({problem['answer']})"
+        lines += [("", INK)] * 3 + [(question, INK)]
         for when in ("before", "after"):
-            rows.append((f"{when} training", INK, 1.4))
+            lines.append((f"{when} training", INK))
             for response in problem[when]:
                 mark, colour = ("✓", GREEN) if response["accuracy"] else ("✗", RED)
-                lines = textwrap.wrap(f"{mark} {response['text']}", 118, subsequent_indent="  ")
-                rows += [(line, colour, 1.0) for line in lines]
-    total = sum(height for *_, height in rows) + 0.5
-    figure = new_figure(7.9, total * line_height, layout=None)
-    axes = figure.add_axes((0, 0, 1, 1))
+                wrapped = textwrap.wrap(f"{mark} {response['text']}", 118, subsequent_indent="  ")
+                lines += [(line, colour) for line in wrapped]
+    width, height = 7.9, (len(lines) + 1) * 0.165  # inches; a line is high 0.165
+    figure = new_figure(width, height)
+    axes = figure.subplots()
     axes.axis("off")
-
-    place = 0.0
-    for what, colour, height in rows:
-        place += height
-        if isinstance(what, dict):
-            data = base64.b64decode(what["pictures"][0].partition(",")[2])
-            picture = Image.open(io.BytesIO(data)).convert("L")
-            width = 2.4 * picture.width / picture.height
-            spread = (0.8, 0.8 + width, place, place - 2.4)
-            axes.imshow(picture, "gray", extent=spread, aspect="auto", vmin=0, vmax=255)
-            text = f"{what['question']}  ({what['answer']})"
-            axes.text(width + 1.6, place - 1.2, text, color=INK, va="center", parse_math=False)
-        elif colour == INK:
-            axes.text(0.8, place, what, color=colour, fontsize=9, fontweight="bold")
-        else:
-            plain = {"family": "monospace", "parse_math": False}  # a dollar is a dollar
-            axes.text(0.8, place, what, color=colour, fontsize=7.4, **plain)
-    axes.set(xlim=(0, 7.9 / line_height), ylim=(total, 0))
+    plain = {"family": "monospace", "fontsize": 7.4, "parse_math": False}  # a dollar is a dollar
+    for place, (line, colour) in enumerate(lines):
+        axes.text(0.8, place, line, color=colour, va="center", **plain)
+    for place, picture in pictures.items():
+        right = 0.8 + 2.4 * picture.width / picture.height
+        axes.imshow(picture, "gray", extent=(0.8, right, place + 1.4, place - 1))
+    axes.set(xlim=(0, width / 0.165), ylim=(len(lines), -1))
     return figure
 
 
-FIGURES = {
-    drawing.__name__: drawing
-    for drawing in (ladder, weight, group, mask, clip, accuracy, ablations, rollouts)
-}
+FIGURES = (ladder, weight, group, mask, clip, accuracy, ablations, rollouts)
 
 
-def card_svg(figure, name):
+def card_svg(drawing):
     """The figure on a card of its own, which turns dark with the reader's system."""
-    if figure.get_layout_engine():
-        figure.get_layout_engine().set(w_pad=0.13, h_pad=0.13)
-    svg = report.svg_text(figure, name)
+    figure = drawing()
+    figure.get_layout_engine().set(w_pad=0.13, h_pad=0.13)
+    svg = report.svg_text(figure, drawing.__name__)
     card = f'<rect width="100%" height="100%" rx="8" style="fill: {CARD}"/>'
     start = svg.index(">") + 1
     return f"{svg[:start]}\n<style>{report.dark_style()}</style>\n{card}{svg[start:]}"
 
 
 def main():
-    how = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
-    parser.add_argument("--output", type=Path, default=TOY / "figures")
-    args = parser.parse_args()
-    names = args.names or list(FIGURES)
-    unknown = [name for name in names if name not in FIGURES]
-    if unknown:
-        parser.error(f"no figure is called {', '.join(unknown)}: choose from {', '.join(FIGURES)}")
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        try:
-            svg = card_svg(FIGURES[name](), name)
-        except FileNotFoundError as error:
-            sys.exit(f"figures: {error.filename} is missing: toy/ablate.py writes it")
-        file = args.output / f"{name}.svg"
-        file.write_text(svg, encoding="utf-8")
+    for drawing in FIGURES:
+        file = TOY / "figures" / f"{drawing.__name__}.svg"
+        file.write_text(card_svg(drawing), encoding="utf-8")
         print(file)
 
 

@@ -38,13 +38,14 @@ if [ -n "$wheels" ]; then
 fi
 
 if python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    rollout=(--model 3b --pictures 1024 --tokens 256 --repeats 2)
-    step=(--model 3b --pictures 1024 --tokens 256 --prompts 2)
+    rollout=(--model 3b --pictures 1024 --max_new_tokens 256 --repeats 2)
+    step=(--model 3b --pictures 1024 --max_new_tokens 256 --prompts_per_step 2)
 else
     patience=8
-    rollout=(--pictures 16 --tokens 8 --repeats 1 --prompts 2)
-    step=(--pictures 16 --tokens 8 --prompts 2)
+    rollout=(--pictures 16 --max_new_tokens 8 --repeats 1 --prompts_per_step 2)
+    step=(--pictures 16 --max_new_tokens 8 --prompts_per_step 2)
 fi
+step+=(--gradient_checkpointing true)
 
 part tests 150 python -m pytest -q -p no:cacheprovider tests/test_gpu.py
 part rollout 110 python tools/bench.py rollout "${rollout[@]}"

@@ -14,12 +14,12 @@ import base64
 import html
 import io
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow.dataset
 from PIL import Image
 
@@ -32,6 +32,7 @@ BLUE, VIOLET, GOLD, GREEN, RED = "#1f6feb", "#8250df", "#d29a00", "#1a7f37", "#c
 DARK = {INK: "#e6edf3", FAINT: "#4a535e", CARD: "#12171e", GREY: "#9aa4af", BLUE: "#58a6ff"}
 DARK |= {VIOLET: "#b692ff", GOLD: "#e3b341", GREEN: "#3fb950", RED: "#ff7b72"}
 COLOURS = (BLUE, VIOLET, GOLD, GREEN, RED)
+REWARDS = ["accuracy", "format", "bonus"]  # of which a response's reward is the sum
 
 
 # ------------------------------------------------------------------------------- drawing with SVG
@@ -88,19 +89,15 @@ def style_axes(axes):
         text.set(color=INK, fontsize=9)
 
 
-def draw_curves(title, curves, x_label="step", stacked=False):
-    """Curves {label: (x, y)} as a figure of the page; numbers that are missing leave a gap."""
+def draw_curves(title, table):
+    """The columns of a table over its index; numbers that are missing leave a gap."""
     figure = new_figure(3.3, 1.9)
     axes = figure.subplots()
-    if stacked:
-        x = next(iter(curves.values()))[0]
-        axes.stackplot(x, [y for _, y in curves.values()], colors=COLOURS, alpha=0.75)
-    else:
-        for (x, y), colour in zip(curves.values(), COLOURS):
-            marker = "o" if len(x) < 12 else None
-            axes.plot(x, y, color=colour, linewidth=1.5, marker=marker, markersize=4)
+    axes.set_prop_cycle(color=COLOURS)
+    marker = "o" if len(table) < 12 else None
+    axes.plot(table.index, table, marker=marker, markersize=4)
     style_axes(axes)
-    axes.set_xlabel(x_label)
+    axes.set_xlabel(table.index.name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     return svg_text(figure, title)
@@ -110,17 +107,16 @@ def draw_ladder(axes, difficulty, stage):
     """Stages by level: as wide as a stage is long, as high as the level's share of it."""
     from matplotlib import colormaps
 
-    levels = np.rint(8 * np.asarray(difficulty)).astype(int)
-    counts = np.zeros((9, 9), dtype=int)  # [stage,level]
-    np.add.at(counts, (np.asarray(stage, dtype=int), levels), 1)
+    places = (stage, np.rint(8 * np.asarray(difficulty)))
+    counts = np.histogram2d(*places, bins=(range(10), range(10)))[0].astype(int)  # [stage,level]
     left = 0
     for s, row in enumerate(counts):
         size, bottom = row.sum(), 0
         for level, share in enumerate(row / max(1, size)):
             # From easy to hard, in colours that are read on light and on dark ground.
             colour = colormaps["viridis"](0.97 - 0.82 * level / 8)
-            bar = axes.bar(left, share, size, bottom, align="edge", color=colour)
-            bar[0].set(edgecolor=CARD, linewidth=0.6, label=f"{s} {level}")
+            options = {"color": colour, "edgecolor": CARD, "linewidth": 0.6, "align": "edge"}
+            axes.bar(left, share, size, bottom, label=f"{s} {level}", **options)
             bottom += share
         if size:
             text = f"{s + 1}\n{size}"
@@ -150,29 +146,29 @@ def read_object(file):
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def data_uri(picture):
-    """A picture, reduced if it is large, so that it can stand in the page itself."""
+def picture_html(picture):
+    """A picture in the page itself, reduced if it is large."""
     picture = picture.convert("RGB")
     picture.thumbnail((640, 640))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    code = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="picture" src="data:image/webp;base64,{code}">'
 
 
 def add_pictures(rows, file):
     """Give rows the pictures of their problems, which the run has read from this Parquet file."""
-    columns = ["question", "images"]
+    numbers = [row["row"] for row in rows]
     try:
-        table = pyarrow.dataset.dataset(file).take([row["row"] for row in rows], columns=columns)
+        table = pyarrow.dataset.dataset(file).take(numbers, columns=["question", "images"])
         problems = table.to_pylist()
     except (OSError, IndexError):
         problems = [{}] * len(rows)
     for row, problem in zip(rows, problems):
+        row["pictures"] = note(f"{file} has this problem's pictures no longer")
         if problem.get("question") == row["question"]:
-            stored = [io.BytesIO(picture["bytes"]) for picture in problem["images"]]
-            row["pictures"] = [data_uri(Image.open(picture)) for picture in stored]
-        else:  # moved, or changed since
-            row["missing"] = f"{file} has this problem's pictures no longer"
+            stored = [Image.open(io.BytesIO(picture["bytes"])) for picture in problem["images"]]
+            row["pictures"] = "".join(map(picture_html, stored))
     return rows
 
 
@@ -182,20 +178,9 @@ def evenly(rows, count=SHOWN):
     return [rows[i] for i in places.round().astype(int)]
 
 
-def pass_at_k(samples, right, k):
-    """Chance that one of k responses is right, if `right` of `samples` are: unbiased."""
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
-def pass_curve(rows):
-    """(k, mean of pass@k over the problems) for each k up to the number of samples."""
-    counts = [(len(row["accuracy"]), round(sum(row["accuracy"]))) for row in rows]
-    ks = range(1, min(samples for samples, _ in counts) + 1)
-    return list(ks), np.array([np.mean([pass_at_k(*count, k) for count in counts]) for k in ks])
-
-
-def mean_accuracy(rows):
-    return np.mean([np.mean(row["accuracy"]) for row in rows])
+def mean(rows, name):
+    """The mean over the responses of each row, then over the rows."""
+    return np.mean([np.mean(row[name]) for row in rows])
 
 
 # ------------------------------------------------------------------------------------ the page
@@ -240,8 +225,6 @@ figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
 .text { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; max-height: 15em; overflow: auto;
   white-space: pre-wrap }
 .observe { color: var(--observe) } .think { color: var(--think) } .answer { color: var(--green) }
-.stack { display: flex; height: 10px; margin: 5px 0 3px; border-radius: 2px; overflow: hidden;
-  background: color-mix(in srgb, var(--grey) 22%, transparent) }
 .up { color: var(--green) } .down { color: var(--red) }
 @media (max-width: 700px) { .response, .pair { grid-template-columns: 1fr } }
 """
@@ -283,8 +266,8 @@ def tiles(values):
     return f'<div class="tiles">{shown}</div>'
 
 
-def change(before, after, pattern=".2f"):
-    return f"{before:{pattern}} → {after:{pattern}}"
+def change(before, after):
+    return f"{before:.3g} → {after:.3g}"
 
 
 def figure_html(title, svg, caption="", labels=()):
@@ -295,61 +278,35 @@ def figure_html(title, svg, caption="", labels=()):
     return f"<figure>{title}{keys}{svg}{caption}</figure>"
 
 
-def curves_html(title, caption, curves, **options):
+def curves_html(title, caption, table):
     """A figure of curves; of a single one the heading says where it begins and ends."""
-    broken = sum(int(np.isnan(y).sum()) for _, y in curves.values())
-    if broken:
-        caption += f"; {broken} values are NaN or infinite and not drawn"
-    if len(curves) == 1:
-        ((_, y),) = curves.values()
-        title += f" {y[0]:.3g} → {y[-1]:.3g}"
-    labels = curves if len(curves) > 1 else ()
-    return figure_html(title, draw_curves(title, curves, **options), caption, labels)
+    labels = table.columns
+    if len(labels) == 1:
+        title, labels = f"{title} {change(*table.iloc[[0, -1], 0])}", ()
+    return figure_html(title, draw_curves(title, table), caption, labels)
 
 
 def problem_html(row):
-    pictures = "".join(f'<img src="{uri}" alt="picture">' for uri in row.get("pictures", ()))
-    missing = note(row["missing"]) if "missing" in row else ""
     gold = f"<b>Answer: {escape(row['answer'])}</b>"
-    return f"{pictures}{missing}<p>{escape(row['question'])} {gold}</p>"
-
-
-def reward_html(parts, reward):
-    """A stacked bar of the reward's parts, which is full at 1.7, and the same as a sum."""
-    others = reward - sum(parts.values())
-    if abs(others) > 1e-4:  # rewards that somebody has added
-        parts = parts | {"others": others}
-    bar, terms = "", []
-    for (name, value), colour in zip(parts.items(), COLOURS):
-        if value:
-            width = 100 * max(0, value) / max(1.7, reward)
-            bar += f'<span style="width:{width:.1f}%;background:{colour}"></span>'
-            terms.append(f"{name} {value:.3g}")
-    total = f"{reward:.3g} = {' + '.join(terms) or 'nothing earned'}"
-    return f'<span class="stack">{bar}</span><small>{total}</small>'
+    return f"{row.get('pictures', '')}<p>{escape(row['question'])} {gold}</p>"
 
 
 def group_html(row, title):
     """A problem and its responses with rewards and, where they were trained on, advantages."""
-    body, count = "", len(row["responses"])
-    places = range(count)
-    if "advantage" in row:
-        places = sorted(places, key=lambda i: -row["advantage"][i])
-    for i in places:
-        parts = {name: row[name][i] for name in ("accuracy", "format", "bonus")}
-        facts = f"{row['response_length'][i]} tokens"
+    body, facts = "", f"{sum(row['accuracy']):g} of {len(row['responses'])} right"
+    for name in ("difficulty", "weight"):
+        if row.get(name) is not None:
+            facts += f", {name} {row[name]:.3g}"
+    advantages = row.get("advantage", [0] * len(row["responses"]))
+    for i in np.argsort(advantages)[::-1]:
+        earned = [f"{name} {row[name][i]:.3g}" for name in REWARDS if row[name][i]]
+        score = f"<b>reward {row['reward'][i]:.3g}</b>: {', '.join(earned) or 'nothing earned'}"
         if "advantage" in row:
-            advantage = row["advantage"][i]
-            way = "up" if advantage > 0 else "down" if advantage < 0 else ""
-            facts = f'advantage <b class="{way}">{advantage:+.2f}</b>, {facts}'
-        facts += reward_html(parts, row["reward"][i])
+            way = "up" if advantages[i] > 0 else "down"
+            score = f'<b class="{way}">advantage {advantages[i]:+.2f}</b>, {score}'
+        score += f"<br>{row['response_length'][i]} tokens"
         text = f'<div class="text">{coloured(row["responses"][i])}</div>'
-        body += f'<div class="response"><div>{facts}</div>{text}</div>'
-    facts = f"{sum(row['accuracy']):g} of {count} right"
-    if row.get("difficulty") is not None:
-        facts += f", difficulty {row['difficulty']:.3g}"
-    if "advantage" in row:
-        facts += f", weight {row['weight']:.3g}"
+        body += f'<div class="response"><div>{score}</div>{text}</div>'
     heading = f"<h3>{escape(title)} <small>{facts}</small></h3>"
     return f'<section class="card">{heading}{problem_html(row)}{body}</section>'
 
@@ -387,97 +344,85 @@ CAPTIONS = {
     "learning_rate": "of the step's last update",
     "seconds": "of sampling, update and evaluation",
 }
-# Drawn together, or telling nothing: the loss is near 0 and mean advantages are 0 by construction.
-NOT_ALONE = {"step", "optimizer_step", "reward", "accuracy", "format", "bonus", "difficulty"}
-NOT_ALONE |= {"eval_accuracy", "loss", "advantage", "skipped_updates"}
-
-
-def column(rows, name):
-    """(steps, values) of a number in metrics.jsonl, where a NaN was written as null."""
-    rows = [row for row in rows if name in row]
-    return [row["step"] for row in rows], np.array([row[name] for row in rows], dtype=float)
-
-
-def held_out_rows(folder):
-    """{step: rows} of each whole evaluation on the held-out problems."""
-    files = {int(file.stem.split("-")[-1]): file for file in folder.glob("held_out-*.jsonl")}
-    rows = {step: read_rows(files[step]) for step in sorted(files)}
-    whole = max(map(len, rows.values()), default=0)
-    return {step: own for step, own in rows.items() if whole and len(own) == whole}
+TOGETHER = {  # numbers that are drawn in one figure
+    "where the reward comes from": (REWARDS, "means of a response"),
+    "the ladder": (
+        ["accuracy", "difficulty"],
+        "problems get harder, so that accuracy may fall while the policy improves",
+    ),
+}
+# Drawn elsewhere, or telling nothing: the loss is near 0 and mean advantages are 0 by construction.
+NOT_ALONE = [*REWARDS, "optimizer_step", "reward", "difficulty", "eval_accuracy", "loss"]
+NOT_ALONE += ["advantage", "skipped_updates"]
 
 
 def training_page(folder, config):
     """Training: held-out accuracy first, then responses, then a curve of each logged number."""
-    steps, summary = read_rows(folder / "metrics.jsonl"), read_object(folder / "summary.json")
-    if not steps:
+    log, summary = read_rows(folder / "metrics.jsonl"), read_object(folder / "summary.json")
+    if not log:
         return note("No step has been logged yet.")
-    held_out = held_out_rows(folder)
-    first, last = steps[0], steps[-1]
-    ends = (first["accuracy"], last["accuracy"])
-    label = "of the responses are right, first and last step (other problems)"
+    steps = pandas.DataFrame(log).set_index("step").astype(float)
+    first, last = steps.iloc[0], steps.iloc[-1]
+    done = [0, *(row["step"] for row in log if "eval_accuracy" in row), summary.get("steps", 0)]
+    files = {step: folder / f"held_out-{step}.jsonl" for step in done}
+    held_out = {step: rows for step, file in files.items() if (rows := read_rows(file))}
+
+    facts = {}
     if held_out:
-        (early, before), *_, (late, after) = [*held_out.items()] * 2
-        ends = (mean_accuracy(before), mean_accuracy(after))
-        label = f"of held-out responses are right, step {early} and {late}"
-    if "interval_after" in summary:
-        label += "; 95 % interval of the last {:.2f} to {:.2f}".format(*summary["interval_after"])
-    facts = {label: change(*ends)}
-    facts["format (at most 0.5), first and last step"] = change(first["format"], last["format"])
-    tokens = (first["response_length"], last["response_length"])
-    facts["tokens a response, first and last step"] = change(*tokens, ".0f")
-    facts["seconds of training"] = f"{np.nansum(column(steps, 'seconds')[1]):.0f}"
-    facts["steps" if summary else "steps so far: running, or stopped early"] = last["step"]
+        (start, before), *_, (end, after) = [*held_out.items()] * 2
+        label = f"of held-out responses are right, step {start} and {end}"
+        if "interval_after" in summary:
+            label += "; 95 % interval of the last {:.2f} to {:.2f}".format(
+                *summary["interval_after"]
+            )
+        facts[label] = change(mean(before, "accuracy"), mean(after, "accuracy"))
+    for name in ("accuracy", "format", "response_length"):
+        label = f"{name.replace('_', ' ')}, first and last step"
+        facts[label] = change(first[name], last[name])
+    facts["steps" if summary else "steps so far: running, or stopped early"] = steps.index[-1]
     body = tiles(facts)
     if last["skipped_updates"]:
-        body += note(f"{last['skipped_updates']} updates were skipped: NaN or infinite gradients.")
+        body += note(f"{last['skipped_updates']:g} updates skipped: NaN or infinite gradients.")
+
     if len(held_out) > 1:
         pairs = evenly([*zip(before, after)])
         add_pictures([before for before, _ in pairs], config["eval_data"])
         cards = [pair_html(*pair) for pair in pairs]
         body += "<h2>Held-out problems, before and after</h2>" + cards[0]
         body += folded("More of them, evenly over the file", cards[1:])
-
     groups = read_rows(folder / "rollouts.jsonl")
     taught = add_pictures(evenly([row for row in groups if any(row["advantage"])]), config["data"])
     cards = [group_html(row, f"Step {row['step']}") for row in taught]
-    ends = cards[:1] + cards[1:][-1:]
     body += "<h2>What was trained on: first and last step</h2>"
-    body += "".join(ends) or note("No group that the log shows was trained on.")
+    body += "".join(cards[:1] + cards[1:][-1:]) or note("No group in the log was trained on.")
     body += folded("In between", cards[1:-1])
-    return f'{body}<h2>Curves</h2><div class="charts">{all_curves(steps, held_out)}</div>'
+    return f'{body}<h2>Curves</h2><div class="charts">{charts(steps, held_out, summary)}</div>'
 
 
-def all_curves(steps, held_out):
+def charts(steps, held_out, summary):
     """Held-out accuracy and pass@k, the reward's parts, the ladder, then each other number."""
-    curves = ""
+    body = ""
     if held_out:
-        accuracy = (list(held_out), np.array([mean_accuracy(rows) for rows in held_out.values()]))
+        accuracy = {step: mean(rows, "accuracy") for step, rows in held_out.items()}
         caption = "share of right responses to problems that are never trained on"
-        curves += curves_html("held-out accuracy", caption, {"": accuracy})
-        ends = {
-            f"step {step}": pass_curve(held_out[step]) for step in (min(held_out), max(held_out))
-        }
-        curves += pass_html(ends)
-    parts = {name: column(steps, name) for name in ("accuracy", "format", "bonus")}
-    caption = "mean of a response, its parts stacked"
-    curves += curves_html("where the reward comes from", caption, parts, stacked=True)
-    if "difficulty" in steps[0]:
-        both = {name: column(steps, name) for name in ("accuracy", "difficulty")}
-        caption = "problems get harder, so that accuracy may fall while the policy improves"
-        curves += curves_html("the ladder", caption, both)
-    for name in dict.fromkeys(name for row in steps for name in row if name not in NOT_ALONE):
-        x, y = column(steps, name)
-        if not np.isnan(y).all():
-            curves += curves_html(name, CAPTIONS.get(name, "as logged"), {"": (x, y)})
-    return curves
+        table = pandas.DataFrame({"": accuracy}).rename_axis("step")
+        body += curves_html("held-out accuracy", caption, table)
+    body += pass_html({when: summary.get(f"pass_at_k_{when}") for when in ("before", "after")})
+    for title, (names, caption) in TOGETHER.items():
+        if {*names} <= {*steps}:
+            body += curves_html(title, caption, steps[names])
+    for name in steps.columns.difference(NOT_ALONE, sort=False):
+        if steps[name].notna().any():
+            body += curves_html(name, CAPTIONS.get(name, "as logged"), steps[[name]])
+    return body
 
 
 def pass_html(curves):
-    """pass@k for each k up to the number of samples; nothing where there is one sample alone."""
-    if max(len(ks) for ks, _ in curves.values()) == 1:
-        return ""
+    """pass@k as eval.json has it, {label: {k: share}}; nothing where there is one sample alone."""
+    curves = {label: values or {} for label, values in curves.items()}
+    table = pandas.DataFrame(curves).rename(index=int).rename_axis("k")
     caption = "share of problems that at least one of k responses solves"
-    return curves_html("pass@k", caption, curves, x_label="k")
+    return curves_html("pass@k", caption, table) if len(table) > 1 else ""
 
 
 def evaluation_page(folder, config):
@@ -485,16 +430,14 @@ def evaluation_page(folder, config):
     rows, result = read_rows(folder / "responses.jsonl"), read_object(folder / "eval.json")
     if not rows:
         return note("No response has been logged yet.")
-    ks, passed = pass_curve(rows)
     label = f"of the responses to {len(rows)} problems are right"
     if result:
         label += ", 95 % interval {:.3f} to {:.3f}".format(*result["interval"])
-    facts = {label: f"{mean_accuracy(rows):.3f}"}
-    facts[f"pass@{ks[-1]}"] = f"{passed[-1]:.3f}"
-    for name in ("format", "response_length"):
-        facts[name.replace("_", " ")] = f"{np.mean([np.mean(row[name]) for row in rows]):.3g}"
+    facts = {label: f"{mean(rows, 'accuracy'):.3f}"}
+    facts["format"] = f"{mean(rows, 'format'):.3g}"
+    facts["tokens a response"] = f"{mean(rows, 'response_length'):.3g}"
     body = tiles(facts) + ("" if result else note("So far: it is running, or stopped early."))
-    body += f'<div class="charts">{pass_html({"": (ks, passed)})}</div><h2>Responses</h2>'
+    body += f'<div class="charts">{pass_html({"": result.get("pass_at_k")})}</div>'
     shown = add_pictures(evenly(rows), config["data"])
     return body + "".join(group_html(row, f"Problem {row['row']}") for row in shown)
 
@@ -503,14 +446,12 @@ def ladder_page(folder, config):
     """A ladder: how many problems each sieve left, the stages, what was never solved."""
     summary = read_object(folder / "summary.json")
     if not summary:
-        scored = len(read_rows(folder / "scores.jsonl"))
-        return note(f"{scored} problems are scored so far.")
+        return note(f"{len(read_rows(folder / 'scores.jsonl'))} problems are scored so far.")
     names = ("ladder", "raw", "checkable", "not_solved_without_reasoning", "never_solved")
-    body = tiles({name.replace("_", " "): str(summary[name]) for name in names})
-    columns = ["difficulty", "stage"]
-    table = pyarrow.dataset.dataset(folder / "ladder.parquet").to_table(columns=columns)
+    body = tiles({name.replace("_", " "): summary[name] for name in names})
+    table = pandas.read_parquet(folder / "ladder.parquet", columns=["difficulty", "stage"])
     figure = new_figure(7.4, 3.0)
-    draw_ladder(figure.subplots(), *(table[name].to_numpy() for name in columns))
+    draw_ladder(figure.subplots(), table["difficulty"], table["stage"])
     caption = "From left to right as training reads it; above, number and size of each stage."
     body += figure_html("Nine stages", svg_text(figure, "ladder"), caption)
     never = evenly(read_rows(folder / "never_solved.jsonl"), 5 * SHOWN)
@@ -534,7 +475,6 @@ def main():
     parser.add_argument("folder", type=Path, help="a run's --output_dir")
     folder = parser.parse_args().folder
     try:
-        new_figure(1, 1)  # says at once if matplotlib is missing
         kinds = [kind for file, kind in KINDS.items() if (folder / file).exists()]
         if not kinds:
             raise ValueError(

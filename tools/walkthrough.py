@@ -9,18 +9,16 @@ The step is real: `train` of observe_r1.py runs on two problems, the row that is
 one before it, with an optimiser step for each. A trace function looks on and notes what the
 functions are given and return. Nothing is computed by a copy of them, except what is named "by
 hand". All options of `observe_r1.py train` are understood, but a group is always a single pass,
-whatever --token_budget says. --html needs pygments (pip install pygments).
+whatever --token_budget says.
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import functools
 import inspect
 import io
 import itertools
-import math
 import re
 import statistics
 import sys
@@ -30,9 +28,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
 import numpy as np
+import pandas
 import pyarrow.dataset
 import pyarrow.parquet
 import report
@@ -55,12 +54,12 @@ MOST = 8  # numbers of a tensor that the page shows
 
 # ---------------------------------------------------------------------------------- looking on
 # Python calls a trace function before each line and at each return of the functions that we name.
-# What a line has set is read from its function's variables when the next line begins.
+# What a line has set are the variables that hold something else when the next line begins.
 
 
 @dataclass
 class Call:
-    """One call: arguments, result, and for each statement what it set."""
+    """One call: arguments, result, and for each line what it set."""
 
     arguments: dict
     result: object = None
@@ -69,30 +68,6 @@ class Call:
     def note(self, line, variable, value):
         values = self.notes.setdefault(line, {}).setdefault(variable, [])
         values[1:] = [describe(value)]
-
-
-@functools.cache
-def statements_of(function):
-    """{line: the innermost statement that stands there}."""
-    lines, first = inspect.getsourcelines(function)
-    tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
-    statements = {}
-    for node in ast.walk(tree):  # from the outermost to the innermost
-        if isinstance(node, ast.stmt):
-            statements |= dict.fromkeys(range(node.lineno, node.end_lineno + 1), node)
-    return statements
-
-
-def variables_set_by(statement):
-    """Names that a statement, without its body, sets or puts something into."""
-    for name, part in ast.iter_fields(statement):
-        parts = part if isinstance(part, list) else [part]
-        if name in ("targets", "target", "items"):
-            for node in itertools.chain(*map(ast.walk, parts)):
-                if isinstance(node, (ast.Name, ast.Subscript)) and isinstance(node.ctx, ast.Store):
-                    while isinstance(node, ast.Subscript):
-                        node = node.value
-                    yield ast.unparse(node)
 
 
 class Trace:
@@ -114,40 +89,29 @@ class Trace:
         calls = self.calls[function.__qualname__]
         if function.__name__ not in self.KEPT:
             calls.clear()
-        call, running, statements = Call(dict(frame.f_locals)), None, {}
+        call = Call(dict(frame.f_locals))
         calls.append(call)
         frame.f_trace_lines = self.by_line
-        if self.by_line:
-            statements = statements_of(function)
-            for name, value in call.arguments.items():
-                call.note(frame.f_lineno, name, value)
+        line, known = frame.f_lineno, {}
 
-        def look(frame, event, value):
-            nonlocal running
-            following = statements.get(frame.f_lineno) if event == "line" else None
-            if running is not following and running is not None:  # it has ended
-                for name in variables_set_by(running):
-                    if name in frame.f_locals:
-                        call.note(running.lineno, name, frame.f_locals[name])
-                if event == "return" and isinstance(running, ast.Return):
-                    call.note(running.lineno, "returns", value)
+        def look(frame, event, result):
+            nonlocal line
+            for name, value in frame.f_locals.items():
+                version = getattr(value, "_version", 0)  # counts what is put into a tensor
+                before = known.get(name, (None, -1))
+                if value is not before[0] or version != before[1]:
+                    call.note(line, name, value)
+                known[name] = (value, version)
             if event == "return":
-                call.result = value
-            running = following
+                call.result = result
+                call.note(line, "returns", result)
+            line = frame.f_lineno
             return look
 
         return look
 
 
 # ------------------------------------------------------------------------------------- the step
-
-
-@contextlib.contextmanager
-def silence():
-    """Keep off the screen what training says of its two problems."""
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 ONE_STEP = {"prompts_per_step": 2, "minibatch_prompts": 1, "shuffle": False, "max_steps": 0}
@@ -199,19 +163,18 @@ def take_step(config, number, by_line):
         pyarrow.parquet.write_table(problems.take([neighbour, number]), file)
         small = replace(config, data=str(file), output_dir=f"{folder}/run", **ONE_STEP)
         trace, before = Trace(by_line), sys.gettrace()
-        with silence():
-            sys.settrace(trace.enter)
-            try:
-                observe_r1.train(small)
-            finally:
-                sys.settrace(before)
+        sys.settrace(trace.enter)
+        try:
+            observe_r1.train(small)
+        finally:
+            sys.settrace(before)
 
     state = trace.calls["update"][-1].arguments["state"]
     both = trace.calls["rollout"][0].arguments["problems"]
     observe_r1.set_seed(small.seed, 0, 0)  # the random numbers that the step had
     after = observe_r1.rollout(state.policy.model, state.processor, both, small)
-    scores = [trace.calls["score_rollouts"][0].result]
-    scores.append(observe_r1.score_rollouts(after, both, small))
+    rewarded = observe_r1.score_rollouts(after, both, small)
+    scores = (trace.calls["score_rollouts"][0].result, rewarded)
     return Step(
         small,
         f"row {number} of {file_name}",
@@ -257,19 +220,8 @@ def problem_part(step):
     )
     rows = [(name, step.problem[name]) for name in ("question", "answer")]
     yield table(("problem", step.name), *rows)
-    for picture in step.problem["images"]:
-        yield [f"picture, {picture.width} x {picture.height} pixels", *picture_lines(picture)]
-
-
-def picture_lines(picture):
-    """The picture in characters, the rarer of light and dark as ink."""
-    grey = picture.convert("L")
-    grey.thumbnail((64, 28))
-    values = np.asarray(grey.resize((grey.width, (grey.height + 1) // 2), Image.Resampling.BOX))
-    values = values if values.mean() < 128 else 255 - values
-    ink = np.array(list(" .:-=+*#%@"))
-    shades = (values - values.min()) * 9.99 / max(1, np.ptp(values))
-    return [f"|{''.join(line)}|" for line in ink[shades.astype(int)]]
+    sizes = [f"{picture.width} x {picture.height}" for picture in step.problem["images"]]
+    yield [f"pictures, in pixels: {', '.join(sizes) or 'none'}"]
 
 
 def prompt_part(step):
@@ -396,9 +348,10 @@ def packed_part(step):
         "to end. The row carries no mask, but lengths: attention cuts it there, and lets the "
         "prompt look at itself, each response at the prompt and at itself so far."
     )
+    P = step.rollouts[0].prompts[FOLLOWED]["input_ids"].shape[1]
+    sizes = [P, *step.lengths]
+    seen = P * (P + 1) // 2 + sum(T * P + T * (T + 1) // 2 for T in step.lengths)
     row, _ = step.last("pack_group").result
-    P, *lengths = sizes = row["attention_mask"]["full_attention"]
-    seen = P * (P + 1) // 2 + sum(T * P + T * (T + 1) // 2 for T in lengths)
     yield [
         f"input_ids {shape(row['input_ids'])}: {' + '.join(map(str, sizes))} tokens",
         f"pairs of tokens that attention compares: {seen}, of {sum(sizes) ** 2} in the row",
@@ -406,50 +359,47 @@ def packed_part(step):
 
 
 def by_hand(arguments):
-    """GRPO of each token in Python's own numbers (64 bits): a list of tokens for each response."""
-    clip, beta = arguments["clip_range"], arguments["kl_coef"]
+    """GRPO of each token with NumPy, in 64 bits: a row of the table for each token."""
+    mask, clip, beta = (arguments[name] for name in ("mask", "clip_range", "kl_coef"))
     names = ("log_probs", "old_log_probs", "ref_log_probs")
-    new_old_reference = torch.stack([arguments[name] for name in names], -1)  # [N,T,3]
-    group = []
-    for i, A in enumerate(arguments["advantages"].tolist()):
-        tokens = []
-        for t, values in enumerate(new_old_reference[i][arguments["mask"][i]].tolist()):
-            new, old, reference = values
-            ratio = math.exp(new - old)
-            clipped = min(max(ratio, 1 - clip), 1 + clip)
-            q = reference - new
-            kl = math.exp(q) - q - 1
-            objective = min(ratio * A, clipped * A)
-            push = (ratio * A if objective == ratio * A else 0) - beta * (1 - math.exp(q))
-            token = {"response": i + 1, "token": t + 1, "new": new, "old": old, "A": A, "q": q}
-            token |= {"reference": reference, "ratio": ratio, "clipped": clipped, "kl": kl}
-            tokens.append(token | {"objective": objective, "push": push})
-        group.append(tokens)
-    return group
+    new, old, reference = (np.array(arguments[name][mask].tolist()) for name in names)
+    response, token = mask.nonzero().T.tolist()
+    A = np.array(arguments["advantages"].tolist())[response]
+    ratio = np.exp(new - old)
+    clipped = ratio.clip(1 - clip, 1 + clip)
+    q = reference - new
+    kl = np.exp(q) - q - 1
+    objective = np.minimum(ratio * A, clipped * A)
+    push = np.where(objective < ratio * A, 0, ratio * A) - beta * (1 - np.exp(q))
+    columns = {"response": response, "token": token, "old": old, "new": new, "A": A, "q": q}
+    columns |= {"reference": reference, "ratio": ratio, "clipped": clipped, "kl": kl}
+    return pandas.DataFrame(columns | {"objective": objective, "push": push})
 
 
-def is_clipped(token):
-    return token["objective"] < token["ratio"] * token["A"]
+def is_clipped(tokens):
+    return tokens["objective"] < tokens["ratio"] * tokens["A"]
 
 
 def three_tokens(group):
     """A clipped token, one as far out that is not clipped, and those that moved most."""
     # The same token at the same place of several responses is one move.
-    moves = {(token["ratio"], token["A"] > 0): token for token in itertools.chain(*group)}
-    tokens = sorted(moves.values(), key=lambda token: -abs(token["ratio"] - 1))
-    clipped = [token for token in tokens if is_clipped(token)][:1]
-    chosen = (clipped + [token for token in tokens if not is_clipped(token)])[:3]
-    return sorted(chosen, key=lambda token: (token["response"], token["token"]))
+    moves = group.assign(rewarded=group["A"] > 0).drop_duplicates(
+        ["ratio", "rewarded"], keep="last"
+    )
+    moves = moves.sort_values("ratio", key=lambda ratio: -abs(ratio - 1), kind="stable")
+    clipped = is_clipped(moves)
+    chosen = pandas.concat([moves[clipped][:1], moves[~clipped]])[:3]
+    return chosen.sort_values(["response", "token"]).to_dict("records")
 
 
 def token_table(step, columns):
     """Three tokens of the group: where they stand, what they are, and these numbers."""
     rows = [("response", "token", "text", *columns)]
     for token in three_tokens(step.group):
-        place = (token["response"], token["token"])
-        ids = step.rollouts[0].response_ids[FOLLOWED, place[0] - 1, place[1] - 1]
-        text = repr(step.processor.decode([ids]))[:17]
-        rows.append((*place, text, *(f"{token[name]:+.5f}" for name in columns)))
+        i, t = token["response"], token["token"]
+        text = step.processor.decode([step.rollouts[0].response_ids[FOLLOWED, i, t]])
+        numbers = (f"{token[name]:+.5f}" for name in columns)
+        rows.append((i + 1, t + 1, repr(text)[:17], *numbers))
     return table(*rows)
 
 
@@ -485,10 +435,9 @@ def ratio_part(step):
     for token in three_tokens(group):
         way = "up" if token["q"] > 0 else "down"
         back = f" KL draws it {way}, to the reference." if beta * token["q"] else ""
-        place = f"Response {token['response']}, token {token['token']}"
+        place = f"Response {token['response'] + 1}, token {token['token'] + 1}"
         yield f"{place}: {verdict(token, clip)}{back}"
-    count = sum(map(is_clipped, itertools.chain(*group)))
-    yield [f"clipped in this group: {count} of {sum(map(len, group))} tokens"]
+    yield [f"clipped in this group: {is_clipped(group).sum()} of {len(group)} tokens"]
 
 
 def verdict(token, clip):
@@ -518,17 +467,15 @@ def loss_part(step):
         "than short ones. The loss is the mean over the responses of the optimiser step."
     )
     yield [f"L = sum of costs / {count}, cost = mean over tokens of ({c.kl_coef:g} KL - objective)"]
-    total, rows = 0.0, [("", "tokens", "A", "mean objective", "mean KL", "cost")]
-    for i, tokens in enumerate(step.group, start=1):
-        objective, kl = (statistics.mean(t[name] for t in tokens) for name in ("objective", "kl"))
-        cost = c.kl_coef * kl - objective
-        total += cost
-        numbers = (f"{x:+.5f}" for x in (tokens[0]["A"], objective, kl, cost))
-        rows.append((i, len(tokens), *numbers))
+    means = step.group.groupby("response")[["A", "objective", "kl"]].mean()
+    means["cost"] = c.kl_coef * means["kl"] - means["objective"]
+    rows = [("", "tokens", "A", "mean objective", "mean KL", "cost")]
+    for i, values in enumerate(means.to_numpy()):
+        rows.append((i + 1, step.lengths[i], *(f"{value:+.5f}" for value in values)))
     yield table(*rows)
     norm = step.last("optimizer_step").result
     yield [
-        f"L by hand        {total / count:+.6f}",
+        f"L by hand        {means['cost'].sum() / count:+.6f}",
         f"L by grpo_loss   {call.result[0].item():+.6f}",
         f"gradient norm    {norm:.4f}, scaled to at most {c.max_grad_norm:g}",
     ]
@@ -549,42 +496,29 @@ def after_part(step):
     yield response_lines(step, 1)
 
 
-PARTS = (  # title, text, functions whose source the page shows, figures
-    ("The problem", problem_part, (), ()),
-    ("The prompt", prompt_part, (observe_r1.chat_messages, observe_r1.encode_prompts), ()),
-    (
-        "The rollout",
-        rollout_part,
-        (observe_r1.rollout, observe_r1.read_prompts, observe_r1.sample),
-        (),
-    ),
+PARTS = (  # title, text, functions whose source the page shows
+    ("The problem", problem_part, ()),
+    ("The prompt", prompt_part, (observe_r1.chat_messages, observe_r1.encode_prompts)),
+    ("The rollout", rollout_part, (observe_r1.rollout, observe_r1.sample)),
     (
         "Rewards",
         rewards_part,
         (observe_r1.score_rollouts, rewards.format_reward, rewards.bonus_rewards),
-        (),
     ),
     (
         "Weight and advantages",
         advantages_part,
         (rewards.dynamic_weight, observe_r1.group_advantages),
-        ("weight", "group"),
     ),
-    (
-        "The packed row",
-        packed_part,
-        (observe_r1.pack_group, observe_r1.packed_attention),
-        ("mask",),
-    ),
+    ("The packed row", packed_part, (observe_r1.pack_group, observe_r1.packed_attention)),
     (
         "Log-probabilities",
         log_probs_part,
         (observe_r1.Policy.forward, observe_r1.token_log_probs),
-        (),
     ),
-    ("Ratio, clipping, KL", ratio_part, (observe_r1.grpo_loss,), ("clip",)),
-    ("The loss and its gradient", loss_part, (observe_r1.update, observe_r1.optimizer_step), ()),
-    ("After the step", after_part, (observe_r1.train,), ("accuracy", "rollouts")),
+    ("Ratio, clipping, KL", ratio_part, (observe_r1.grpo_loss,)),
+    ("The loss and its gradient", loss_part, (observe_r1.update, observe_r1.optimizer_step)),
+    ("After the step", after_part, (observe_r1.train,)),
 )
 NEED_A_LOSS = (packed_part, log_probs_part, ratio_part, loss_part)
 NOT_TAUGHT = (
@@ -603,7 +537,7 @@ def blocks_of(step, part):
 def text_of(step):
     """All parts as plain text of at most 100 columns."""
     lines = [HEADLINE.format(c=step.config)]
-    for number, (title, part, *_) in enumerate(PARTS, start=1):
+    for number, (title, part, _) in enumerate(PARTS, start=1):
         lines += ["", f"{number}  {title}", ""]
         for block in blocks_of(step, part):
             is_text = isinstance(block, str)
@@ -622,29 +556,22 @@ Below is the second problem. A real run takes more problems at a time."""
 
 def describe(value, depth=0):
     """A value as a little HTML: shape and first numbers, pictures as pictures."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.from_numpy(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, torch.Tensor):
-        numbers = [short(x) for x in value.detach().flatten()[:MOST].tolist()]
-        more = " …" if value.numel() > MOST else ""
-        return f"<i>{shape(value)}</i> {' '.join(numbers)}{more}"
+    if isinstance(value, (list, tuple)) and all(isinstance(one, (int, float)) for one in value):
+        value = np.array(value)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        numbers = [short(one) for one in value.reshape(-1)[: MOST + 1].tolist()]
+        return f"<i>{shape(value)}</i> {' '.join(numbers[:MOST])}{' …' * (len(numbers) > MOST)}"
     if isinstance(value, Image.Image):
-        return f'<img alt="picture" src="{report.data_uri(value)}">'
-    if isinstance(value, (str, int, float, Path, type(None))):
+        return report.picture_html(value)
+    if isinstance(value, (str, int, float, np.number, type(None))):
         return short(value)
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if hasattr(value, "items") and depth < 2:
         entries = [f"{escape(name)}: {describe(one, depth + 1)}" for name, one in value.items()]
-        lines = "".join(f"<div>{entry}</div>" for entry in entries)
-        return f"<details><summary>{len(entries)} entries</summary>{lines}</details>"
-    if isinstance(value, (list, tuple, set)):
-        if all(isinstance(one, (int, float)) for one in value):
-            return short(list(value))
-        first = f", the first: {describe(next(iter(value)), depth + 1)}" if depth < 2 else ""
-        return f"<i>{len(value)} values</i>{first}"
+        return report.folded(f"{len(entries)} entries", [f"<div>{line}</div>" for line in entries])
+    if isinstance(value, (list, tuple)) and depth < 2:
+        return f"<i>{len(value)} values</i>, the first: {describe(value[0], depth + 1)}"
     return f"<i>{escape(type(value).__name__)}</i>"
 
 
@@ -656,43 +583,31 @@ def short(value):
 def function_html(function, call):
     """A function's source, beside each line what it set."""
     lines, first = inspect.getsourcelines(function)
-    rows = []  # [code, values]: a line with values and those without any that follow it
-    for number, code in enumerate(coloured_lines("".join(lines)), first):
+    body = ""
+    for number, code in enumerate(lines, first):
         values = ""
         for name, shown in call.notes.get(number, {}).items():
             last = f"<div>last: {shown[-1]}</div>" if shown[-1] != shown[0] else ""
             values += f"<div><b>{escape(name)}</b> {shown[0]}{last}</div>"
-        if values or not rows:
-            rows.append(["", values])
-        rows[-1][0] += f"<code>{code}\n</code>"
-    body = ""
-    for code, values in rows:
-        body += f'<div class="line"><div>{code}</div><div class="values">{values}</div></div>\n'
+        code = f"<code>{escape(code)}</code>"
+        body += f'<div class="line">{code}<div class="values">{values}</div></div>\n'
     name = function.__qualname__
     return f'<section id="{name}"><h3>{name}</h3>{body}</section>\n'
-
-
-def coloured_lines(source):
-    """Python source as lines of HTML."""
-    from pygments import formatters, highlight, lexers
-
-    formatter = formatters.HtmlFormatter(nowrap=True)
-    return highlight(source, lexers.PythonLexer(stripnl=False), formatter).splitlines()
 
 
 PAGE_STYLE = """
 .line { display: grid; grid-template-columns: minmax(0, 62fr) minmax(0, 38fr); gap: 0 1.2em }
 .line:hover { background: color-mix(in srgb, var(--blue) 9%, transparent) }
 .line code, .values, pre { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace }
-.line code { display: block; white-space: pre-wrap; min-height: 1.5em; background: none;
-  padding-left: 2em; text-indent: -2em }
-.values { color: var(--quiet); border-left: 2px solid var(--line); padding-left: .7em }
+.line code { white-space: pre-wrap; padding-left: 2em; text-indent: -2em }
+.values { color: var(--quiet); border-left: 2px solid var(--line); padding-left: .7em;
+  max-height: 6em; overflow: auto }
 .values div div { padding-left: .8em } .values details { margin: 0; display: inline }
 .values b { color: var(--ink) } .values i { color: var(--violet); font-style: normal }
 .values img { image-rendering: pixelated; height: 42px; max-width: 100%; vertical-align: middle }
 section { border: 1px solid var(--line); border-radius: 8px; padding: .8em 1em; margin: 1em 0 }
 pre { overflow-x: auto; background: var(--card); padding: .7em 1em; border-radius: 8px }
-figure { max-width: 720px; margin: 1em auto } nav { columns: 12em; font-size: 13px }
+nav { columns: 12em; font-size: 13px }
 nav a { display: block; color: var(--blue) }
 """
 LEGEND = (
@@ -703,11 +618,9 @@ LEGEND = (
 
 
 def page_html(step):
-    """The parts of the text, behind each the functions that it is about, and figures."""
-    from pygments.formatters import HtmlFormatter
-
+    """The parts of the text, behind each the functions that it is about."""
     body, links = "", ""
-    for number, (title, part, functions, figures) in enumerate(PARTS, start=1):
+    for number, (title, part, functions) in enumerate(PARTS, start=1):
         body += f"<h2>{number} {title}</h2>\n"
         for block in blocks_of(step, part):
             if isinstance(block, str):
@@ -719,14 +632,8 @@ def page_html(step):
             if step.trace.calls[name]:
                 body += function_html(function, step.last(name))
                 links += f'<a href="#{name}">{name}</a>'
-        for name in figures:
-            svg = (TOY / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-            body += f"<figure>{svg}</figure>\n"
-    colours = HtmlFormatter(style="default").get_style_defs(".line code")
-    dark = HtmlFormatter(style="github-dark").get_style_defs(".line code")
-    colours += f"@media (prefers-color-scheme: dark) {{ {dark} }}"
     head = f"<p>{HEADLINE.format(c=step.config)}</p><p>{LEGEND}</p><nav>{links}</nav>"
-    return report.page("Observe-R1: one training step", head + body, colours + PAGE_STYLE)
+    return report.page("Observe-R1: one training step", head + body, PAGE_STYLE)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -738,22 +645,19 @@ def main():
     parser.add_argument("--problem", type=int, metavar="N", help="row of the problem to follow")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
     args, options = parser.parse_known_args()
+    screen = io.StringIO()  # for what training says of its two problems
     try:
-        if args.html:
-            coloured_lines("")
-        with silence():
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
             _, config = observe_r1.parse_arguments(["train", *options])
-        number = args.problem
-        if number is None:
-            number = DEFAULT_PROBLEM if Path(config.data) == TOY / "ladder.parquet" else 0
-        step = take_step(config, number, by_line=bool(args.html))
+            number = args.problem
+            if number is None:
+                number = DEFAULT_PROBLEM if Path(config.data) == TOY / "ladder.parquet" else 0
+            step = take_step(config, number, by_line=bool(args.html))
         print(text_of(step))
         if args.html:
             args.html.write_text(page_html(step), encoding="utf-8")
             print(f"\n{args.html}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"walkthrough: {error}: pip install {error.name}")
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ImportError, ValueError, OSError, SafetensorError) as error:
         sys.exit(f"walkthrough: {error}")
 
 

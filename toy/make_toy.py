@@ -29,7 +29,16 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
+from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -41,7 +50,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from observe_r1 import COLUMNS, PROMPTS, Config, evaluate, load_problems, mix_ladder, score_problems
+from observe_r1 import COLUMNS, PROMPTS, Config, mix_ladder, score_problems
 
 HERE = Path(__file__).resolve().parent
 QUESTION = "What is the sum of the digits?"
@@ -76,7 +85,8 @@ def draw_strip(pictures, rng):
     return strip
 
 
-def make_problem(images, labels, k, rng):
+def make_problem(k, images, labels, rng):
+    """The sum of k digits, chosen from these pictures."""
     chosen = [rng.randrange(len(images)) for _ in range(k)]
     digits = [int(labels[i]) for i in chosen]
     return {
@@ -215,7 +225,7 @@ def imitate(model, processor, demonstrate, steps, batch, rate):
         optimizer, min(50, steps // 10), steps, min_lr_rate=0.1
     )
     model.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), demonstrate.__name__):
         kind, examples = demonstrate(step / steps, batch)  # one prompt a batch; (problem, response)
         chats = [
             [
@@ -226,7 +236,7 @@ def imitate(model, processor, demonstrate, steps, batch, rate):
             for _, text in examples
         ]
         inputs = processor(
-            text=[processor.apply_chat_template(chat, tokenize=False) for chat in chats],
+            text=processor.apply_chat_template(chats, tokenize=False),
             images=[problem["images"][0].convert("RGB") for problem, _ in examples],
             padding=True,
             padding_side="left",
@@ -236,22 +246,19 @@ def imitate(model, processor, demonstrate, steps, batch, rate):
         for i, (_, text) in enumerate(examples):  # padded left: ends in response, stop, newline
             count = len(processor.tokenizer(text + "<|im_end|>")["input_ids"])
             labels[i, -count - 1 : -1] = inputs["input_ids"][i, -count - 1 : -1]
-        loss = model(**inputs, labels=labels).loss
-        loss.backward()
+        model(**inputs, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if (step + 1) % 50 == 0:
-            print(f"{demonstrate.__name__} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
 
 
-def warm_start(processor, images, labels, rng, phases, measure):
-    model = make_model(processor)
-    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
+def warm_start(processor, phases, source):
+    """A model after the three phases; source: pictures, labels and a random generator."""
+    model, rng = make_model(processor), source[-1]
 
     def problems(batch, largest=MAX_DIGITS):
-        return [make_problem(images, labels, rng.randint(1, largest), rng) for _ in range(batch)]
+        return [make_problem(rng.randint(1, largest), *source) for _ in range(batch)]
 
     def digits(progress, batch):  # strips grow to six digits over the first 60 % of the phase
         largest = 1 + min(MAX_DIGITS - 1, int(progress / 0.6 * MAX_DIGITS))
@@ -260,89 +267,77 @@ def warm_start(processor, images, labels, rng, phases, measure):
 
     def solutions(progress, batch):
         kind = rng.choice(["observe", "think"])
-        check = [rng.random() < CHECKED for _ in range(batch)]
+        checks = [rng.random() < CHECKED for _ in range(batch)]
         examples = []
-        for problem, again in zip(problems(batch), check, strict=True):
-            text = respond(problem["digits"], look=kind == "observe", check=again)
+        for problem, check in zip(problems(batch), checks):
+            text = respond(problem["digits"], look=kind == "observe", check=check)
             examples.append((problem, text))
         return kind, examples
 
     def habits(progress, batch):
         kind = rng.choices(["observe", "think", "answer"], [0.4, 0.4, 0.2])[0]
-        shares, ways = zip(*HABITS, strict=True)
+        shares, ways = zip(*HABITS)
         examples = []
         for problem in problems(batch):
             way = BLIND if kind == "answer" else rng.choices(ways, shares)[0]
-            way = {"look": True, **way}
-            way["look"] &= kind == "observe"
+            if kind == "think":
+                way = {**way, "look": False}
             examples.append((problem, respond(problem["digits"], rng=rng, **way)))
         return kind, examples
 
     imitate(model, processor, digits, phases[0], 64, 2e-3)
     imitate(model, processor, solutions, phases[1], 48, 1e-3)
-    measure(model, "solutions")
     imitate(model, processor, habits, phases[2], 48, 3e-4)
-    measure(model, "habits")
     return model
 
 
-def make_problems(images, labels, count, name, rng):
+def make_problems(count, name, source):
     """`count` problems, as many of each number of digits."""
-    made = [make_problem(images, labels, 1 + i % MAX_DIGITS, rng) for i in range(count)]
+    made = [make_problem(1 + i % MAX_DIGITS, *source) for i in range(count)]
     return [{"id": f"{name}-{i}", **problem} for i, problem in enumerate(made)]
 
 
-def write_problems(problems, file):
+def in_columns(problems):
+    """Problems in the script's format."""
     features = {name: kind for name, kind in COLUMNS.items() if name in problems[0]}
     rows = [{name: problem[name] for name in features} for problem in problems]
-    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
 def main():
-    how = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--phases", type=int, nargs=3, default=[1000, 2400, 300], help="steps")
     parser.add_argument("--problems", type=int, default=960, help="problems of the ladder")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of model and problems")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    rngs = [random.Random(args.seed + part) for part in range(3)]
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8)
-    split = np.random.default_rng(args.seed).permutation(len(images))
-    warm, learn, held = split[:800], split[800:1400], split[1400:]  # no picture in two of them
+    output, folder = args.output, args.output / "model"
+    torch.manual_seed(0)
+    digits = load_digits()
+    parts = np.split(np.random.default_rng(0).permutation(len(digits.images)), [800, 1400])
+    sources = []  # no picture is in two of them
+    for part, seed in zip(parts, (0, 2, 1)):
+        sources.append((digits.images[part], digits.target[part], random.Random(seed)))
+    warm, learn, held = sources
 
-    measured = Path(tempfile.mkdtemp())  # for what the script writes while it measures
-    config = Config(num_samples=4, prompts_per_step=32, max_new_tokens=128, **PIXELS)
-    config.output_dir, processor = str(measured), make_processor()
-    held_out = args.output / "heldout.parquet"
-    write_problems(make_problems(images[held], labels[held], 192, "held-out", rngs[1]), held_out)
-    held_out = load_problems(str(held_out), processor, config)
-
-    def measure(model, phase):
-        result = evaluate(model, processor, held_out, config, measured / f"{phase}.jsonl")
-        print(f"after {phase}: {result}", flush=True)
-
-    model = warm_start(processor, images[warm], labels[warm], rngs[0], args.phases, measure)
-    model.save_pretrained(args.output / "model")
-    processor.save_pretrained(args.output / "model")
+    processor = make_processor()
+    model = warm_start(processor, args.phases, warm)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     shaped = {"observe": True, "system_prompt": "", **PIXELS}
-    (args.output / "model" / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
+    (folder / "observe_r1.json").write_text(json.dumps(shaped, indent=1))
+    in_columns(make_problems(192, "held-out", held)).to_parquet(output / "heldout.parquet")
 
-    ladder = args.output / "ladder.parquet"
-    problems = make_problems(images[learn], labels[learn], args.problems, "train", rngs[2])
-    write_problems(problems, ladder)  # in no order yet, to be scored
-    unscored = load_problems(str(ladder), processor, config)
-    scored = score_problems(model, processor, unscored, config, measured / "scores.jsonl")
+    problems = make_problems(args.problems, "train", learn)
+    config = Config(prompts_per_step=32, max_new_tokens=128, **PIXELS)
+    scores = Path(tempfile.mkdtemp()) / "scores.jsonl"
+    scored = score_problems(model, processor, in_columns(problems), config, scores)
     difficulty = [1 - np.mean(row["accuracy"]) for row in scored]
     complexity = [np.mean(row["response_length"]) for row in scored]
     rows = []
-    for i, stage in zip(*mix_ladder(difficulty, complexity, args.seed), strict=True):
+    for i, stage in zip(*mix_ladder(difficulty, complexity)):
         score = {"difficulty": difficulty[i], "complexity": complexity[i], "stage": int(stage)}
-        rows.append({**problems[i], **score})
-    write_problems(rows, ladder)
+        rows.append(problems[i] | score)
+    in_columns(rows).to_parquet(output / "ladder.parquet")
 
 
 if __name__ == "__main__":
