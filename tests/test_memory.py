@@ -69,29 +69,23 @@ def test_what_full_training_holds(config, model):
 
 def test_activations_and_cache_by_hand(config, model):
     parts = memory.estimate_memory(config, 1000)
-    tokens = 1000 + 8 * 1024  # below the token budget
-    vision = 2 * 32 * 4000 * 1280  # the inputs of its layers
+    tokens = 16384  # eight groups would be more
+    vision = 2 * 32 * 32000 * 1280  # the inputs of its layers, eight pictures of 4,000 patches
     casts = 2 * linear_weights(model.model)  # more than a layer, and more than the logits
     assert parts["activations"] == 4 * LAYERS * tokens * HIDDEN + vision + casts
     assert parts["cache"] == 2 * 2 * LAYERS * 2 * 128 * 8 * (1000 + 1024)  # of one group
     larger = memory.estimate_memory(replace(config, cache_gb=1e3), 1000)
     assert larger["cache"] == 8 * parts["cache"]  # never more than all of a step's
-    short = memory.estimate_memory(replace(config, token_budget=4096), 1000)
-    assert parts["activations"] - short["activations"] == 4 * LAYERS * (tokens - 4096) * HIDDEN
+    short = memory.estimate_memory(replace(config, token_budget=8192), 1000)
+    assert parts["activations"] - short["activations"] == 4 * LAYERS * (tokens - 8192) * HIDDEN
 
     whole = memory.estimate_memory(replace(config, gradient_checkpointing=False), 1000)
-    text, tower = tokens * (32 * HIDDEN + 8 * INTERMEDIATE), 4000 * (32 * 1280 + 8 * 3420)
+    text, tower = tokens * (32 * HIDDEN + 8 * INTERMEDIATE), 32000 * (32 * 1280 + 8 * 3420)
     logits = 16 * 512 * 151936 + 8 * HEAD  # and the head's gradient
     assert whole["activations"] == LAYERS * text + 32 * tower + casts + logits
 
 
-def test_frozen_tower_and_several_cards(config, model):
-    parts = memory.estimate_memory(config, 1000)
-    frozen = memory.estimate_memory(replace(config, freeze_vision=True), 1000)
-    assert frozen["weights"] == 4 * SIZE
-    assert frozen["moments"] == 8 * (SIZE - count([model.model.visual]))
-    saved = 2 * 32 * 4000 * 1280 + 2 * linear_weights(model.model.visual)
-    assert parts["activations"] - frozen["activations"] == saved
+def test_several_cards(config):
     eight = memory.estimate_memory(config, 1000, cards=8)
     assert eight["weights"] == eight["reference"] == SIZE / 2  # FSDP wants one dtype
     assert eight["moments"] == SIZE
@@ -99,10 +93,9 @@ def test_frozen_tower_and_several_cards(config, model):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft asks for a name of old
-@pytest.mark.parametrize("freeze_vision", [False, True])
-def test_adapters_are_counted_as_peft_makes_them(toy_model, freeze_vision):
+def test_adapters_are_counted_as_peft_makes_them(toy_model):
     pytest.importorskip("peft")
-    config = toy_config(lora_rank=16, freeze_vision=freeze_vision)
+    config = toy_config(lora_rank=16)
     size = count([toy_model])
     model = copy.deepcopy(toy_model)
     observe_r1.add_adapters(model, config)

@@ -169,7 +169,7 @@ def library_attention(model):
 def generate(model, processor, problems, config):
     """Sampling by transformers' `generate`, for prompts padded on the left."""
     chats = [observe_r1.chat_messages(problem, config) for problem in problems]
-    texts = observe_r1.prompt_text(chats, processor)
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     pictures, _ = observe_r1.process_vision_info(chats)
     how = {"do_resize": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     inputs = processor(text=texts, images=pictures, **how).to(model.device)
@@ -178,17 +178,20 @@ def generate(model, processor, problems, config):
         model.generate(**inputs, **settings, max_new_tokens=config.max_new_tokens)
 
 
-PACK_GROUP = observe_r1.pack_group
+JOIN_ROWS = observe_r1.join_rows
 
 
-def pack_densely(inputs, response_ids, mask):
-    """`pack_group` with a mask over all pairs of tokens instead of lengths."""
-    packed, predecessors = PACK_GROUP(inputs, response_ids, mask)
-    lengths = packed["attention_mask"]["full_attention"]
-    sees = torch.block_diag(*(mask.new_ones(length, length) for length in lengths))
-    sees[:, : lengths[0]] = True  # the prompt
-    packed["attention_mask"] = {"full_attention": sees.tril()[None, None]}
-    return packed, predecessors
+def join_densely(packed):
+    """`join_rows` with a mask over all pairs of tokens instead of lengths."""
+    row, predecessors = JOIN_ROWS(packed)
+    blocks = []
+    for P, *lengths in row["attention_mask"]["full_attention"]:
+        ones = (torch.ones(length, length) for length in (P, *lengths))
+        blocks.append(torch.block_diag(*ones))
+        blocks[-1][:, :P] = 1  # the prompt
+    sees = torch.block_diag(*blocks).bool().tril().to(predecessors.device)
+    row["attention_mask"] = {"full_attention": sees[None, None]}
+    return row, predecessors
 
 
 def growing_layer(buffer, length):
@@ -201,7 +204,7 @@ def growing_layer(buffer, length):
 @contextmanager
 def as_before(model):
     """As the script did before `packed_attention`, `window_attention` and `FixedLayer`."""
-    slow = {"pack_group": pack_densely, "FixedLayer": growing_layer}
+    slow = {"join_rows": join_densely, "FixedLayer": growing_layer}
     with library_attention(model), patch.multiple(observe_r1, **slow):
         yield
 
@@ -249,7 +252,7 @@ def samplers(options, config):
 def passes(policy, rollouts, around=nullcontext):
     """A forward and a backward pass of the first group, to be timed; returns log-probabilities."""
     with around(policy.model):
-        log_probs = policy(rollouts, 0, slice(None))
+        log_probs = policy(rollouts, ([0] * 8, [*range(8)]))
         log_probs.sum().backward()
     return log_probs.detach()
 
@@ -452,7 +455,7 @@ def attention(options, config):
             with FAKE, Counter().counting() as counter:
                 parts = [torch.empty(1, heads, L, 128).bfloat16() for heads in (16, 2, 2)]
                 parts = [part.requires_grad_() for part in parts]
-                mask = torch.empty(1, 1, L, L, dtype=torch.bool) if dense else lengths
+                mask = torch.empty(1, 1, L, L, dtype=torch.bool) if dense else [lengths]
                 output, _ = observe_r1.packed_attention(module, *parts, mask, scaling=1)
                 output.sum().backward()
             cells.append(f"{counter.peak / 1e9:.2f}")

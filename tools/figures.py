@@ -110,7 +110,7 @@ def sees():
     """
     lengths = list(PACKED.values())
     same, unit = torch.zeros(1, 1, sum(lengths), 1), torch.eye(sum(lengths))[None, None]
-    output, _ = packed_attention(None, same, same, unit, lengths, scaling=1.0)
+    output, _ = packed_attention(None, same, same, unit, [lengths], scaling=1.0)
     return output[0, :, 0] > 0
 
 

@@ -37,18 +37,18 @@ def estimate_memory(config, prompt_tokens, cards=1):
     text, tower = shapes.text_config, shapes.vision_config
     with torch.device("meta"):  # shapes without numbers
         model = transformers.Qwen2_5_VLForConditionalGeneration(shapes)
-    trainable = model.model.language_model if config.freeze_vision else model.model
+    linear = linear_layers(model.model)
     size, head = model.num_parameters(), model.lm_head.weight.numel()
 
     if config.lora_rank:  # two thin matrices beside each linear layer; all else in bf16
-        sides = sum(part.in_features + part.out_features for part in linear_layers(trainable))
+        sides = sum(part.in_features + part.out_features for part in linear)
         trained = rounded = config.lora_rank * sides
         weights, reference, logits = 4 * trained + 2 * size, 0, 4 * head
     else:
-        trained, rounded = trainable.num_parameters(), count_weights(linear_layers(trainable))
+        trained, rounded = model.model.num_parameters(), count_weights(linear)
         weights, reference, logits = 4 * size, 4 * size, 8 * head
     if cards == 1 and reference:  # its linear layers are in bf16
-        reference -= 2 * count_weights(linear_layers(model.model))
+        reference -= 2 * count_weights(linear)
     parts = {
         "weights": weights / cards,
         "moments": 8 * trained / cards,
@@ -62,11 +62,14 @@ def estimate_memory(config, prompt_tokens, cards=1):
     # The update. Of a layer, norms and residuals stay in fp32. With checkpointing only its input
     # does, until the layer is computed again for its own backward pass.
     P, T, G = prompt_tokens, config.max_new_tokens, config.num_generations
-    tokens = max(P + T, min(config.token_budget, P + G * T))  # of a pass
+    prompts, budget = math.ceil(config.prompts_per_step / cards), config.token_budget
+    groups = min(prompts, config.minibatch_prompts)
+    tokens = max(P + T, min(budget, groups * (P + G * T)))  # of a pass
+    patches = 4 * max(P, min(budget, groups * P))  # four a token; all of it pictures, at worst
     kept = layer = 0
     for part, depth, n, input_bytes in (
         (text, text.num_hidden_layers, tokens, 2 if config.lora_rank else 4),
-        (tower, 0 if config.freeze_vision else tower.depth, 4 * P, 2),  # four patches a token
+        (tower, tower.depth, patches, 2),
     ):
         whole = n * (32 * part.hidden_size + 8 * part.intermediate_size)
         made = n * (2 * part.hidden_size + 4 * part.intermediate_size)
@@ -82,7 +85,7 @@ def estimate_memory(config, prompt_tokens, cards=1):
 
     # The rollout, of one group at least, holds no gradients.
     token = 2 * observe_r1.cache_bytes(shapes) / observe_r1.DTYPE.itemsize
-    group, prompts = token * G * (P + T), math.ceil(config.prompts_per_step / cards)
+    group = token * G * (P + T)
     cache = max(group, min(group * prompts, 1e9 * config.cache_gb))
     update = sum(parts.values())
     rollout = update - parts["activations"] - parts["gradients"] + casts + cache
@@ -96,7 +99,6 @@ def report_memory(config, prompt_tokens, cards=1):
     print(f"GB of each card, prompts of {prompt_tokens} tokens: {told}")
     helps = {
         "lora_rank": 64,
-        "freeze_vision": True,
         "kl_coef": 0.0,
         "gradient_checkpointing": True,
         "token_budget": config.token_budget // 2,
