@@ -45,7 +45,7 @@ def estimate_memory(config, prompt_tokens, cards=1):
         trained = rounded = config.lora_rank * sides
         weights, reference, logits = 4 * trained + 2 * size, 0, 4 * head
     else:
-        trained, rounded = model.model.num_parameters(), count_weights(linear)
+        trained, rounded = size, count_weights(linear)
         weights, reference, logits = 4 * size, 4 * size, 8 * head
     if cards == 1 and reference:  # its linear layers are in bf16
         reference -= 2 * count_weights(linear)
