@@ -725,7 +725,7 @@ def score_problems(model, processor, problems, numbers, config, file, rollout=ro
 
 
 def accuracy_interval(accuracy, n):
-    """Wilson's 95 % interval of an accuracy over n problems; wide for several samples to each."""
+    """Wilson's 95 % interval of an accuracy over n problems; with several samples, rather wide."""
     z2 = 1.96**2
     middle = accuracy + z2 / (2 * n)
     half = math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n**2)))
@@ -733,7 +733,7 @@ def accuracy_interval(accuracy, n):
 
 
 def pass_at_k(num_correct, num_samples, k):
-    """Chance that a right one is among k of a problem's responses (arXiv 2107.03374), its mean.
+    """Mean chance that k responses to a problem hold a right one (unbiased, arXiv 2107.03374).
 
     num_correct: how many of num_samples responses were right, for each problem.
     """
