@@ -235,6 +235,13 @@ def test_plan_passes(seed):
             assert g == 0 or torn
 
 
+def test_a_group_of_just_the_budget_is_one_pass():
+    mask, prompts = torch.ones(1, 4, 5, dtype=torch.bool), [{"input_ids": torch.zeros(1, 10)}]
+    for budget, passes in ((30, 1), (29, 2)):
+        config = Config(token_budget=budget)
+        assert len(plan_passes(Rollouts(prompts, mask, mask, []), [0], config)) == passes
+
+
 # -------------------------------------------------------------------------------- the vision tower
 
 
@@ -384,6 +391,7 @@ def test_mini_batches_are_of_even_size():
         assert sum(sizes) == n and max(sizes) - min(sizes) <= 1 and len(parts) == -(-n // most)
         for end, (size, passes) in zip(np.cumsum(sizes), parts):
             own = [b for b in trained if end - size <= b < end]
+            assert all(numbers for numbers, _ in passes)  # one process waits for no other
             assert [b for numbers, _ in passes for b in numbers[::2]] == own
 
 
