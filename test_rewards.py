@@ -194,23 +194,9 @@ def test_format_is_its_slow_definition_and_ignores_text_around_it(observe):
 # -------------------------------------------------------------------------- bonus and weight
 
 
-@pytest.mark.parametrize(
-    "correct, lengths, winner",
-    [
-        ([1, 1, 0, 0, 0, 0, 1, 0], [300, 200, 150, 120, 400, 500, 600, 700], 1),  # the golden case
-        ([0] * 8, [200] * 8, None),  # the released code gives it to response 0
-        ([1, 1, 1], [150, 90, 200], None),  # the shortest correct one is under the floor: nobody
-        ([1, 1], [100, 300], None),  # as long as the floor, not longer
-        ([1, 1], [101, 300], 0),
-        ([1, 1, 1], [200, 150, 150], 1),  # ties go to the first
-    ],
-)
-def test_bonus(correct, lengths, winner):
-    expected = [0.2 if i == winner else 0.0 for i in range(len(correct))]
-    assert bonus_rewards([bool(c) for c in correct], lengths) == expected
-
-
 def test_bonus_is_its_slow_definition():
+    assert bonus_rewards([True], [100]) == [0.0]  # as long as the floor, not longer
+    assert bonus_rewards([True], [101]) == [0.2]
     rng = random.Random(2)
     for _ in range(2000):
         group = [(rng.random() < 0.5, rng.randint(0, 9)) for _ in range(rng.randint(1, 6))]
@@ -221,12 +207,6 @@ def test_bonus_is_its_slow_definition():
             wins = right and length > floor and all((length, i) <= rival for rival in rivals)
             expected.append(bonus if wins else 0.0)
         assert bonus_rewards(*zip(*group), floor, bonus) == expected
-
-
-def test_weights_of_every_group_of_eight():
-    weights = [dynamic_weight([True] * k + [False] * (8 - k)) for k in range(9)]
-    golden = [0, 0.7875, 1.35, 1.6875, 1.8, 1.6875, 1.35, 0.7875, 0]
-    assert weights == pytest.approx(golden, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", range(1, 17))

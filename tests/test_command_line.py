@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from conftest import (
     ROOT,
     TOY,
@@ -19,7 +18,6 @@ from conftest import (
     read_jsonl,
     run_config,
     run_python,
-    toy_config,
     toy_rows,
     write_parquet,
 )
@@ -207,7 +205,10 @@ def main(monkeypatch):
         ({"data": str(ROOT / "LICENSE")}, "LICENSE: .*tools/convert.py"),
         ({"eval_data": "nothing.parquet"}, "No such file .*nothing.parquet"),
         ({"model": "owner/name"}, "We couldn't connect"),
-        ({"max_prompt_tokens": 9}, "4 unusable rows\n  row 0: the prompt has .*--max_pixels"),
+        (
+            {"max_prompt_tokens": 9},
+            r"4 unusable rows(\n  row \d: the prompt has .*--max_pixels.*){4}",
+        ),
         ({"resume": True}, "No such file .*config.json"),
         ({"output_dir": str(ROOT / "LICENSE" / "run")}, "Not a directory"),
         ({"output_dir": str(ROOT / "toy")}, "toy is taken: --resume true .*--overwrite true"),
@@ -341,18 +342,6 @@ def test_a_runs_own_config_starts_it_again(alone, monkeypatch):
     written = {**json.loads((folder / "run" / "config.json").read_text()), "output_dir": "again"}
     del written["content"]
     assert {name: getattr(config, name) for name in written} == written
-
-
-def test_final_is_a_model_that_loads_and_answers(alone, processor, problems, toy_model):
-    folder, _ = alone
-    model = type(toy_model).from_pretrained(folder / "run" / "final", dtype=torch.float32)
-    pairs = zip(toy_model.parameters(), model.parameters(), strict=True)
-    moved = [not torch.equal(*pair) for pair in pairs]
-    assert sum(moved) > 0.9 * len(moved)
-    saved = transformers.AutoProcessor.from_pretrained(folder / "run" / "final")
-    config = toy_config(temperature=observe_r1.GREEDY, num_generations=1)
-    texts = [observe_r1.rollout(model, p, problems, config).texts for p in (saved, processor)]
-    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

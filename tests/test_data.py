@@ -6,12 +6,10 @@ import json
 import re
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
-import torch
 import transformers
-from conftest import PICTURES, TOY, run_config, toy_config, write_parquet
+from conftest import TOY, run_config, toy_config, write_parquet
 from PIL import Image, ImageFile
 
 import observe_r1
@@ -63,16 +61,10 @@ def load(tmp_path, processor):
         ({"difficulty": "hard"}, "hard"),
     ],
 )
-def test_other_columns_are_refused_by_name(changes, why, tmp_path, processor):
+def test_other_columns_are_refused_by_name(changes, why, load):
     row = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
-    table = datasets.Dataset.from_list([row])
-    if "images" not in changes:
-        table = table.cast_column("images", PICTURES)
-    table.to_parquet(str(tmp_path / "raw.parquet"))
     with pytest.raises(ValueError, match=f"(?s)raw.parquet: .*{why}.*tools/convert.py"):
-        load_problems(
-            str(tmp_path / "raw.parquet"), processor, toy_config(output_dir=str(tmp_path))
-        )
+        load([row])
 
 
 @pytest.mark.parametrize("content", ["", "question,answer\n1,2\n"])
@@ -86,15 +78,6 @@ def test_columns_that_may_be_there_are_read(load):
     more = {"id": "x", "category": "c", "difficulty": 0.5, "complexity": 9.0, "stage": 4.0}
     (row,) = load([{**GOOD, **more}])
     assert {name: row[name] for name in more} == more
-
-
-def test_a_file_without_rows_is_refused(tmp_path, processor):
-    rows = datasets.Dataset.from_list([GOOD]).cast_column("images", PICTURES).select([])
-    rows.to_parquet(str(tmp_path / "raw.parquet"))
-    with pytest.raises(ValueError, match="raw.parquet: "):
-        load_problems(
-            str(tmp_path / "raw.parquet"), processor, toy_config(output_dir=str(tmp_path))
-        )
 
 
 # -------------------------------------------------------------------------------------- single rows
@@ -136,14 +119,6 @@ def test_a_missing_score_and_an_enormous_picture_are_named(load, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match="row 0: Image size .* exceeds limit"):
         load([GOOD])
-
-
-def test_all_bad_rows_are_named_together(load):
-    rows = [{**GOOD, "answer": "" if row % 3 == 0 else "1"} for row in range(9)]
-    rows[4] = {**GOOD, "images": [picture("P")]}
-    with pytest.raises(ValueError, match="4 unusable rows") as error:
-        load(rows)
-    assert re.findall(r"row (\d): ", str(error.value)) == ["0", "3", "4", "6"]
 
 
 def test_rows_that_are_fine(load):
@@ -207,25 +182,6 @@ def test_a_template_that_begins_the_response_is_refused(processor, config):
         )
         with pytest.raises(ValueError, match="the chat template begins the response"):
             check_problem(GOOD, prefilled, config)
-
-
-def test_tags_that_are_special_tokens_stay_in_the_text(toy_model, problems, config, monkeypatch):
-    text = "<observe> a </observe> <think> b </think> <answer> 7 </answer>"
-    processor = transformers.AutoProcessor.from_pretrained(TOY / "model")
-    tags = re.findall("<.+?>", text)
-    processor.tokenizer.add_special_tokens({"additional_special_tokens": tags})
-    ids = processor.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"]
-    assert "<" not in processor.decode(ids[0], skip_special_tokens=True)
-
-    def sample(model, prompts, stop, config):
-        lengths = torch.full((1, config.num_generations), ids.shape[1])
-        return ids.expand(1, config.num_generations, -1), lengths
-
-    monkeypatch.setattr(observe_r1, "sample", sample)
-    config = replace(config, max_new_tokens=ids.shape[1])
-    rollouts = observe_r1.rollout(toy_model, processor, problems[:1], config)
-    assert rewards.format_reward(rollouts.texts[0][0]) == 0.5
-    assert rewards.accuracy_reward(rollouts.texts[0][0], "7") == 1
 
 
 # ----------------------------------------------------------------------------------- the first step

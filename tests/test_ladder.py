@@ -1,6 +1,5 @@
 """The ladder command and eval: counts, scores, kills, intervals, a model as it was trained."""
 
-import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -15,7 +14,7 @@ from conftest import TOY, read_jsonl, run_config, toy_rows, write_parquet
 
 import observe_r1
 import rewards
-from observe_r1 import accuracy_interval, parse_arguments, pass_at_k
+from observe_r1 import accuracy_interval, parse_arguments
 
 # --------------------------------------------------------------------------------- the whole ladder
 
@@ -164,7 +163,7 @@ def test_what_is_asked_and_what_stays(tmp_path, monkeypatch):
 
 def test_eval_writes_what_it_measured(raw, tmp_path):
     data = write_parquet(tmp_path / "raw.parquet", toy_rows("heldout", range(6)))
-    for samples in (0, 2):
+    for samples in (0, 4):
         config = run_config(data, tmp_path / str(samples), num_samples=samples)
         result = observe_r1.evaluate_model(config)
         assert result == json.loads((tmp_path / str(samples) / "eval.json").read_text())
@@ -196,32 +195,6 @@ def test_the_interval_is_wilsons():
         assert accuracy_interval(accuracy, 10) == pytest.approx(wanted, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    "n, p, samples, spread",
-    [(20, 0.95, 1, 0), (100, 0.98, 1, 0), (20, 0.9, 4, 0), (50, 0.8, 4, 0.15), (50, 0.5, 8, 0.4)],
-)
-def test_the_interval_covers_the_truth(n, p, samples, spread):
-    """Of 2,000 simulated evaluations; problems differ in how often they are solved, by spread."""
-    random, covered = np.random.default_rng(0), 0
-    for _ in range(2000):
-        share = p + spread * random.choice([-1, 1], n)
-        solved = random.binomial(samples, share.clip(0, 1)) / samples
-        low, high = accuracy_interval(solved.mean(), n)
-        covered += low <= p <= high
-    assert covered / 2000 > 0.92  # for the first, Wilson's interval covers .925 exactly
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pass_at_k_counts_all_choices(seed):
-    """Of k responses among n: the share of choices that hold a right one, mean over problems."""
-    random = np.random.default_rng(seed)
-    n = int(random.integers(1, 9))
-    k = int(random.integers(1, n + 1))
-    right = random.random((5, n)) < random.random((5, 1))
-    shares = [np.mean([max(some) for some in combinations(row, k)]) for row in right]
-    assert pass_at_k(right.sum(1).tolist(), n, k) == pytest.approx(np.mean(shares))
-
-
 def test_a_model_is_measured_as_it_was_trained(tmp_path, monkeypatch):
     """final/ carries the limits and the prompt of its training; options that are given win."""
     shaped = {"system_prompt": "Look.", "min_pixels": 20000, "max_pixels": 50000, "observe": False}
@@ -239,9 +212,6 @@ def test_a_model_is_measured_as_it_was_trained(tmp_path, monkeypatch):
     observe_r1.train(config)
     words = ["--model", str(tmp_path / "run" / "final"), "--data", data, "--max_new_tokens=4"]
     words += ["--output_dir", str(tmp_path / "out")]
-    for command in observe_r1.COMMANDS:
-        found = dataclasses.asdict(parse_arguments([command, *words])[1])
-        assert {name: found[name] for name in shaped} == shaped
     observe_r1.evaluate_model(parse_arguments(["eval", *words])[1])
     trained, measured = seen
     assert trained

@@ -262,15 +262,12 @@ def test_a_folder_that_is_taken_is_refused_or_moved_aside(data, undisturbed, cop
 # -------------------------------------------------------------------------------------- NaN
 
 
-@pytest.mark.parametrize("bad", [[2], [1, 4, 5, 6]])
-def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(
-    bad, data, tmp_path, monkeypatch
-):
+def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     backward, calls = observe_r1.optimizer_step, []
 
     def step(state, config):
         calls.append(0)
-        if len(calls) in bad:
+        if len(calls) in (1, 3, 4, 6, 7, 8):
             next(p for p in state.policy.parameters() if p.grad is not None).grad += float("inf")
         return backward(state, config)
 
@@ -279,16 +276,9 @@ def test_infinite_gradients_are_skipped_and_three_in_a_row_end_the_run(
 
     monkeypatch.setattr(observe_r1, "optimizer_step", step)
     monkeypatch.setattr(observe_r1, "group_advantages", advantages)
-    options = {"eval_data": "", "eval_steps": 0, "save_steps": 0, "max_new_tokens": 8}
-    config = small_config(data, tmp_path / "run", max_steps=3, **options)
-    config.num_generations = 2
-    if len(bad) > 1:
-        with pytest.raises(ValueError, match="infinite gradients in three updates up to step 3"):
-            observe_r1.train(config)
-    else:
-        assert observe_r1.train(config)["skipped_updates"] == 1
-        weights = safetensors.torch.load_file(tmp_path / "run" / "final" / "model.safetensors")
-        assert all(value.isfinite().all() for value in weights.values())
+    options = {"eval_data": "", "eval_steps": 0, "max_new_tokens": 8, "num_generations": 2}
+    with pytest.raises(ValueError, match="infinite gradients in three updates up to step 4"):
+        observe_r1.train(small_config(data, tmp_path / "run", **options))
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in log.splitlines()]
-    assert [row["skipped_updates"] for row in rows] == ([1, 1, 1] if len(bad) == 1 else [1, 2, 4])
+    assert [row["skipped_updates"] for row in rows] == [1, 3, 4, 6]

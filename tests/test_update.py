@@ -13,10 +13,6 @@ from test_loss import slow_cost
 from test_rollout import alone
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
 
 import observe_r1
 from observe_r1 import (
@@ -176,18 +172,6 @@ def test_chosen_prompts_empty_passes_and_rows_without_pictures(model, rollouts, 
         assert vision and all((gradient == 0).all() for gradient in vision)
 
 
-def test_a_packed_row():
-    """Responses of 2 and 1 tokens behind a prompt of 2, the last of which stands at place 5."""
-    places = torch.tensor([[4, 5], [3, 3], [3, 3]])[:, None]
-    inputs = {"input_ids": torch.tensor([[7, 8]]), "position_ids": places}
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    row, predecessors = pack_group(inputs, torch.tensor([[1, 2, 9], [3, 9, 9]]), mask)
-    assert row["input_ids"].tolist() == [[7, 8, 1, 2, 3]]
-    assert row["position_ids"][:, 0].tolist() == [[4, 5, 6, 7, 6], *[[3, 3, 6, 7, 6]] * 2]
-    assert row["attention_mask"] == [2, 2, 1]
-    assert predecessors.tolist() == [1, 2, 1]
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("n", [1, 20, 21, 63])
 def test_chunks_of_the_vocabulary_are_exact(n, dtype, tolerance):
@@ -266,24 +250,6 @@ def test_windows_at_once_are_those_of_the_library(model):
     gradients = [gradients_of(*pair) for pair in zip((plain, fast), outputs)]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-6, msg=name)
-
-
-def test_a_large_picture_takes_few_calls_a_layer(monkeypatch):
-    """2.56 megapixels through the depth and windows of the real tower: 225 calls before."""
-    small = {"hidden_size": 16, "num_heads": 1, "intermediate_size": 4, "in_channels": 1}
-    shapes = Qwen2_5_VLVisionConfig(**small, out_hidden_size=4)
-    tower, calls = Qwen2_5_VisionTransformerPretrainedModel(shapes), []
-    tower.config._attn_implementation = "flash_windows"
-
-    def attend(query, key, value, **options):
-        calls.append(query.shape)
-        return value
-
-    monkeypatch.setattr(observe_r1, "scaled_dot_product_attention", attend)
-    with torch.no_grad():
-        run_tower(tower, [[1, 114, 114]])
-    assert shapes.depth == 32 and len(calls) <= 4 * 28 + 4
-    assert sum(math.prod(shape[:-1]) for shape in calls) == 32 * 114**2  # each patch once a layer
 
 
 # ------------------------------------------------------------------------------------------ update

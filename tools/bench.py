@@ -85,8 +85,13 @@ def header(*cells):
 
 # ---------------------------------------------------------------------------------- models, inputs
 
-TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-TOWER["fullatt_block_indexes"] = [7, 15, 23, 31]
+TOWER = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 SHAPES = {  # of Qwen2.5-VL-Instruct: hidden, intermediate, layers, heads, key heads, vocabulary
     "3b": (2048, 11008, 36, 16, 2, 151936),
     "7b": (3584, 18944, 28, 28, 4, 152064),
@@ -171,11 +176,22 @@ def generate(model, processor, problems, config):
     chats = [observe_r1.chat_messages(problem, config) for problem in problems]
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     pictures, _ = observe_r1.process_vision_info(chats)
-    how = {"do_resize": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
-    inputs = processor(text=texts, images=pictures, **how).to(model.device)
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": config.num_generations}
+    inputs = processor(
+        text=texts,
+        images=pictures,
+        do_resize=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
     with torch.no_grad(), AUTOCAST, library_attention(model.eval()):
-        model.generate(**inputs, **settings, max_new_tokens=config.max_new_tokens)
+        model.generate(
+            **inputs.to(model.device),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=config.num_generations,
+            max_new_tokens=config.max_new_tokens,
+        )
 
 
 JOIN_ROWS = observe_r1.join_rows
@@ -367,15 +383,13 @@ class Counter(TorchDispatchMode):
             moved += tree_leaves((arguments, how))
         count = flop_registry.get(function.overloadpacket)
         flops = count(*arguments, **how, out_val=result) if count else 0
-        size = sum(value.nbytes for value in moved if isinstance(value, torch.Tensor))
+        size = sum(value.nbytes for value in filter(torch.is_tensor, moved))
         self.numbers += (1, flops, size)
         return result
 
     def hold(self, *tensors):
         """Count the storage of tensors from now until it is freed."""
-        for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor):
-                continue
+        for tensor in filter(torch.is_tensor, tensors):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.live:
                 self.live.add(storage._cdata)
@@ -390,14 +404,15 @@ class Counter(TorchDispatchMode):
     @contextmanager
     def counting(self):
         """Inside, the script computes in bf16, as on a card, and everything is counted."""
-        of_script = {
-            "DTYPE": torch.bfloat16,
-            "AUTOCAST": torch.autocast("cpu", torch.bfloat16),
-            "scaled_dot_product_attention": fused_attention,
-            "causal_lower_right": lambda queries, keys: None,
-        }
+        of_script = patch.multiple(
+            observe_r1,
+            DTYPE=torch.bfloat16,
+            AUTOCAST=torch.autocast("cpu", torch.bfloat16),
+            scaled_dot_product_attention=fused_attention,
+            causal_lower_right=lambda queries, keys: None,
+        )
         of_library = patch.object(F, "scaled_dot_product_attention", fused_attention)
-        with patch.multiple(observe_r1, **of_script), of_library, self:
+        with of_script, of_library, self:
             yield self
 
 
@@ -436,10 +451,9 @@ def count(options, config):
             for form, around in (("before", as_before), ("after", nullcontext)):
                 with Counter().counting() as counter, around(policy.model):
                     work(policy)
-                numbers = counter.numbers
+                launches, flops, moved = counter.numbers
                 if "decoding" in what:  # it asks once a token how many rows go on
-                    numbers = counter.asked[2] - counter.asked[1]
-                launches, flops, moved = numbers
+                    launches, flops, moved = counter.asked[2] - counter.asked[1]
                 sizes = f"{flops / 1e12:,.4g}", f"{moved / 1e9:,.4g}"
                 row(name, what, form, f"{launches:,.0f}", *sizes)
 

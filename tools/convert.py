@@ -69,7 +69,7 @@ FIELDS = ("picture", "question", "answer", "options", "id", "category")
 class Layout:
     """Which column holds what. "a,b" are several columns; "a.b" is the entry b of the column a."""
 
-    name: str = "columns"
+    name: str
     picture: str = ""
     question: str = ""
     answer: str = ""
@@ -224,32 +224,29 @@ def read_text_table(file):
 
 
 def read_parquet(file):
-    with pyarrow.parquet.ParquetFile(file) as table:
-        features = datasets.Features.from_arrow_schema(table.schema_arrow)
-        for batch in table.iter_batches(batch_size=16):
-            yield from named_classes(batch.to_pylist(), features)
+    return read_table(datasets.Dataset.from_parquet(str(file), streaming=True))
 
 
 def read_dataset(source, settings):
-    """The rows of a folder of shards, or of a data set of the hub, pictures left encoded."""
+    """The rows of a folder of shards, or of a data set of the hub."""
     if tables := [*Path(source).rglob("*.csv"), *Path(source).rglob("*.tsv")]:
         raise Unusable(f"name the table in it: {tables[0]}")  # the library reads 05 as 5
     data = datasets.load_dataset(source, settings.subset, streaming=True)
     split = settings.split or (next(iter(data)) if len(data) == 1 else "")
     if split not in data:
         raise Unusable(f"choose one of the splits {', '.join(data)} with --split")
-    for table in data[split].with_format("arrow").iter(16):
-        yield from named_classes(table.to_pylist(), data[split].features or {})
+    return read_table(data[split])
 
 
-def named_classes(rows, features):
-    """Rows with the names of classes in place of their numbers."""
+def read_table(data):
+    """Rows with pictures left encoded, and the names of classes in place of their numbers."""
     classes = {}
-    for name, kind in features.items():
+    for name, kind in (data.features or {}).items():
         if isinstance(kind, datasets.ClassLabel):
             classes[name] = dict(enumerate(kind.names))
-    for row in rows:
-        yield row | {name: names.get(row[name]) for name, names in classes.items()}
+    for table in data.with_format("arrow").iter(16):
+        for row in table.to_pylist():
+            yield row | {name: names.get(row[name]) for name, names in classes.items()}
 
 
 READERS = {
@@ -711,8 +708,8 @@ def convert_rows(rows, folder, layout, scores, counts, examples):
 
 def write_rows(rows, scores, file):
     """Write groups of few rows: readers fail on nested columns of groups beyond 2 GB."""
-    columns = dict.fromkeys(("question", "answer", "id", "category"), datasets.Value("string"))
-    columns = {"images": datasets.List(datasets.Image()), **columns}
+    columns = {"images": datasets.List(datasets.Image())}
+    columns |= dict.fromkeys(("question", "answer", "id", "category"), datasets.Value("string"))
     columns |= {name: datasets.Value(SCORES[name]) for name in scores}
     schema = datasets.Features(columns).arrow_schema
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
@@ -721,9 +718,7 @@ def write_rows(rows, scores, file):
 
 
 def parse_options(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("source", help="a file, a folder, or a hub id OWNER/NAME")
     parser.add_argument("output", help="the file to write, NAME.parquet")
     parser.add_argument("--split", help="train, test, … where a source has several")

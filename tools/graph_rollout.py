@@ -15,6 +15,7 @@ writes the same tokens as without this file. Captured in a graph it has run nowh
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class GraphDecoder:
     """Stands in for the forward pass of a language model while the script samples."""
 
     def __init__(self, forward):
-        self.forward, self.window, self.inputs = forward, 0, None
+        self.forward = forward
 
     def __call__(self, **inputs):
         cache, mask = inputs.pop("cache"), inputs.pop("attention_mask")
@@ -102,16 +103,9 @@ def graph_rollout(model, processor, problems, config):
 
 
 def main():
-    """Train with this sampler; a mistake that a user can mend ends in one line."""
-    try:
-        command, config = observe_r1.parse_arguments(sys.argv[1:])
-        if command != "train":
-            raise ValueError(
-                f"{command} has the script's own sampler alone: observe_r1.py {command}"
-            )
-        observe_r1.train(config, graph_rollout)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"graph_rollout: {error}") from error
+    """The script's own, with this sampler; `ladder` and `eval` would not use it."""
+    observe_r1.COMMANDS = {"train": partial(observe_r1.train, rollout=graph_rollout)}
+    observe_r1.main()
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ REWARDS = ["accuracy", "format", "bonus"]  # of which a response's reward is the
 # ------------------------------------------------------------------------------- drawing with SVG
 
 
-def new_figure(width, height, layout="constrained"):
+def new_figure(width, height):
     """An empty matplotlib figure of this size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("the curves are drawn by matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout=layout)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def dark_style():
@@ -65,7 +65,7 @@ def svg_text(figure, name):
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -94,8 +94,7 @@ def draw_curves(title, table):
     figure = new_figure(3.3, 1.9)
     axes = figure.subplots()
     axes.set_prop_cycle(color=COLOURS)
-    marker = "o" if len(table) < 12 else None
-    axes.plot(table.index, table, marker=marker, markersize=4)
+    axes.plot(table.index, table, marker=".")
     style_axes(axes)
     axes.set_xlabel(table.index.name)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -115,8 +114,9 @@ def draw_ladder(axes, difficulty, stage):
         for level, share in enumerate(row / max(1, size)):
             # From easy to hard, in colours that are read on light and on dark ground.
             colour = colormaps["viridis"](0.97 - 0.82 * level / 8)
-            options = {"color": colour, "edgecolor": CARD, "linewidth": 0.6, "align": "edge"}
-            axes.bar(left, share, size, bottom, label=f"{s} {level}", **options)
+            axes.bar(
+                left, share, size, bottom, color=colour, edgecolor=CARD, linewidth=0.6, align="edge"
+            )
             bottom += share
         if size:
             text = f"{s + 1}\n{size}"
@@ -124,8 +124,16 @@ def draw_ladder(axes, difficulty, stage):
         left += size
     handles = [axes.patches[level] for level in reversed(range(9))]
     labels = [f"{level / 8:g}" for level in reversed(range(9))]
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 8}
-    legend = axes.legend(handles, labels, title="difficulty", labelcolor=INK, **place)
+    legend = axes.legend(
+        handles,
+        labels,
+        title="difficulty",
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+    )
     legend.get_title().set(color=INK, fontsize=8)
     style_axes(axes)
     axes.grid(visible=False)
@@ -291,9 +299,13 @@ def problem_html(row):
     return f"{row.get('pictures', '')}<p>{escape(row['question'])} {gold}</p>"
 
 
+def solved(row):
+    return f"{sum(row['accuracy']):g} of {len(row['responses'])} right"
+
+
 def group_html(row, title):
     """A problem and its responses with rewards and, where they were trained on, advantages."""
-    body, facts = "", f"{sum(row['accuracy']):g} of {len(row['responses'])} right"
+    body, facts = "", solved(row)
     for name in ("difficulty", "weight"):
         if row.get(name) is not None:
             facts += f", {name} {row[name]:.3g}"
@@ -315,8 +327,7 @@ def pair_html(before, after):
     """A held-out problem's responses before and after, side by side."""
     columns = ""
     for when, row in (("before training", before), ("after it", after)):
-        right = f"{sum(row['accuracy']):g} of {len(row['responses'])} right"
-        columns += f"<div><p><b>{when}</b> <small>{right}</small></p>"
+        columns += f"<div><p><b>{when}</b> <small>{solved(row)}</small></p>"
         for text, correct in zip(row["responses"], row["accuracy"]):
             mark = '<b class="up">✓</b>' if correct else '<b class="down">✗</b>'
             columns += f'<div class="response text"><div>{mark} {coloured(text)}</div></div>'
@@ -351,8 +362,8 @@ TOGETHER = {  # numbers that are drawn in one figure
         "problems get harder, so that accuracy may fall while the policy improves",
     ),
 }
-# Drawn elsewhere, or telling nothing: the loss is near 0 and mean advantages are 0 by construction.
-NOT_ALONE = [*REWARDS, "optimizer_step", "reward", "difficulty", "eval_accuracy", "loss"]
+# Drawn elsewhere, or telling nothing: mean advantages are 0 by construction.
+NOT_ALONE = [*REWARDS, "optimizer_step", "reward", "difficulty", "eval_accuracy"]
 NOT_ALONE += ["advantage", "skipped_updates"]
 
 
@@ -470,8 +481,7 @@ KINDS = {  # the file that tells a folder's kind
 
 
 def main():
-    how = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path, help="a run's --output_dir")
     folder = parser.parse_args().folder
     try:

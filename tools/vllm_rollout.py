@@ -28,7 +28,7 @@ MOST_PICTURES = 8  # in a prompt
 
 
 @functools.cache
-def start_engine(model, min_pixels, max_pixels, share=0.3):
+def start_engine(model, min_pixels, max_pixels, share):
     """The engine, started once, with the weights of a folder or hub id."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights stay in this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, on a CPU
@@ -72,15 +72,13 @@ def engine_request(problem, processor, config):
 def vllm_rollout(model, processor, problems, config, share=0.3):
     """Sample G responses for each problem, as `observe_r1.rollout` does.
 
-    ValueError with adapters, with several processes, or for a problem with too many pictures.
+    ValueError with adapters or several processes. The engine itself refuses prompts of more than
+    MOST_PICTURES pictures.
     """
     if config.lora_rank:
         raise ValueError("--lora_rank: the engine cannot be given adapters")
     if observe_r1.WORLD > 1:
         raise ValueError("the engine works in one process alone, not under torchrun")
-    for problem in problems:
-        if len(problem["images"]) > MOST_PICTURES:
-            raise ValueError(f"row {problem['row']} has more than {MOST_PICTURES} pictures")
     engine = start_engine(config.model, config.min_pixels, config.max_pixels, share)
     import vllm
 
@@ -122,12 +120,9 @@ def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.3)
     own, words = parser.parse_known_args()
+    observe_r1.COMMANDS = {"train": observe_r1.train}  # the others have the script's own sampler
     try:
-        command, config = observe_r1.parse_arguments(words)
-        if command != "train":
-            raise ValueError(
-                f"{command} has the script's own sampler alone: observe_r1.py {command}"
-            )
+        _, config = observe_r1.parse_arguments(words)
         share = own.gpu_memory_utilization
         start_engine(config.model, config.min_pixels, config.max_pixels, share)  # room for it
         observe_r1.train(config, functools.partial(vllm_rollout, share=share))

@@ -71,9 +71,7 @@ class Call:
 
 
 class Trace:
-    """Notes calls of the method's functions: all of those in KEPT, of others the last."""
-
-    KEPT = ("rollout", "score_rollouts", "optimizer_step")
+    """Notes calls of the method's functions, of each the first and the last."""
 
     def __init__(self, by_line):
         self.by_line = by_line  # also what each line sets
@@ -87,8 +85,7 @@ class Trace:
         if function is None:
             return None
         calls = self.calls[function.__qualname__]
-        if function.__name__ not in self.KEPT:
-            calls.clear()
+        del calls[1:]
         call = Call(dict(frame.f_locals))
         calls.append(call)
         frame.f_trace_lines = self.by_line
@@ -114,9 +111,18 @@ class Trace:
 # ------------------------------------------------------------------------------------- the step
 
 
-ONE_STEP = {"prompts_per_step": 2, "minibatch_prompts": 1, "shuffle": False, "max_steps": 0}
-ONE_STEP |= {"warmup_ratio": 0.0, "token_budget": 10**9, "eval_data": "", "eval_steps": 0}
-ONE_STEP |= {"save_steps": 0, "resume": False, "overwrite": False}
+ONE_STEP = {
+    "prompts_per_step": 2,
+    "minibatch_prompts": 1,
+    "shuffle": False,
+    "max_steps": 0,
+    "warmup_ratio": 0.0,
+    "token_budget": 10**9,
+    "eval_data": "",
+    "eval_steps": 0,
+    "save_steps": 0,
+    "resume": False,
+}
 
 
 @dataclass
@@ -173,8 +179,10 @@ def take_step(config, number, by_line):
     both = trace.calls["rollout"][0].arguments["problems"]
     observe_r1.set_seed(small.seed, 0, 0)  # the random numbers that the step had
     after = observe_r1.rollout(state.policy.model, state.processor, both, small)
-    rewarded = observe_r1.score_rollouts(after, both, small)
-    scores = (trace.calls["score_rollouts"][0].result, rewarded)
+    scores = (
+        trace.calls["score_rollouts"][0].result,
+        observe_r1.score_rollouts(after, both, small),
+    )
     return Step(
         small,
         f"row {number} of {file_name}",
@@ -203,8 +211,10 @@ def table(*rows):
     lines = []
     for *cells, last in rows:
         label = "".join(cell.ljust(width) for cell, width in zip(cells, widths))
-        indents = {"initial_indent": label, "subsequent_indent": " " * len(label)}
-        lines += textwrap.wrap(last, WIDTH, **indents) or [label.rstrip()]
+        wrapped = textwrap.wrap(
+            last, WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
+        )
+        lines += wrapped or [label.rstrip()]
     return lines
 
 
@@ -218,8 +228,8 @@ def problem_part(step):
         "next token a probability. It is trained on problems like this one: a picture, a question "
         "and the *gold*, which is the right answer. The policy never sees the gold."
     )
-    rows = [(name, step.problem[name]) for name in ("question", "answer")]
-    yield table(("problem", step.name), *rows)
+    question, gold = step.problem["question"], step.problem["answer"]
+    yield table(("problem", step.name), ("question", question), ("answer", gold))
     sizes = [f"{picture.width} x {picture.height}" for picture in step.problem["images"]]
     yield [f"pictures, in pixels: {', '.join(sizes) or 'none'}"]
 
@@ -288,8 +298,8 @@ def reasons(step, i):
     """What the checker reads, and what is wrong with the blocks; who has the bonus, or why not."""
     text, scores = step.texts[i], step.scores[0]
     answer = rewards.extract_answer(text)
-    found = ["no answer found" if answer is None else f"answer {answer.strip()[:60]!r}"]
-    found[0] += f", gold {step.problem['answer'][:60]!r}"
+    said = "no answer found" if answer is None else f"answer {answer.strip()[:60]!r}"
+    found = [f"{said}, gold {step.problem['answer'][:60]!r}"]
     if not scores["format"][i]:
         names = ("observe", "think", "answer") if step.config.observe else ("think", "answer")
         tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
@@ -371,9 +381,22 @@ def by_hand(arguments):
     kl = np.exp(q) - q - 1
     objective = np.minimum(ratio * A, clipped * A)
     push = np.where(objective < ratio * A, 0, ratio * A) - beta * (1 - np.exp(q))
-    columns = {"response": response, "token": token, "old": old, "new": new, "A": A, "q": q}
-    columns |= {"reference": reference, "ratio": ratio, "clipped": clipped, "kl": kl}
-    return pandas.DataFrame(columns | {"objective": objective, "push": push})
+    return pandas.DataFrame(
+        {
+            "response": response,
+            "token": token,
+            "old": old,
+            "new": new,
+            "reference": reference,
+            "A": A,
+            "q": q,
+            "ratio": ratio,
+            "clipped": clipped,
+            "kl": kl,
+            "objective": objective,
+            "push": push,
+        }
+    )
 
 
 def is_clipped(tokens):
@@ -410,7 +433,7 @@ def log_probs_part(step):
         "rollout, and the *reference* is the model before training. In the first rollout of a run "
         "old and reference are the same model."
     )
-    if len(step.trace.calls["optimizer_step"]) == 1:
+    if not step.trace.calls["optimizer_step"][0].result:  # the gradient's norm
         yield "The other problem taught nothing here, so new is still old and every ratio is 1."
     yield ["log p(token) = z[token] - log sum exp z, z = logits / temperature"]
     yield token_table(step, ("old", "new", "reference"))
@@ -640,10 +663,9 @@ def page_html(step):
 
 
 def main():
-    how = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
-    parser.add_argument("--problem", type=int, metavar="N", help="row of the problem to follow")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--problem", type=int, help="row of the problem to follow")
+    parser.add_argument("--html", type=Path, help="write the page as well")
     args, options = parser.parse_known_args()
     screen = io.StringIO()  # for what training says of its two problems
     try:
@@ -657,7 +679,7 @@ def main():
         if args.html:
             args.html.write_text(page_html(step), encoding="utf-8")
             print(f"\n{args.html}")
-    except (ImportError, ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"walkthrough: {error}")
 
 

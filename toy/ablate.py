@@ -110,9 +110,14 @@ def make_table(runs):
     after = {variant: [run["accuracy"][-1][1] for run in own] for variant, own in runs.items()}
     for variant, own in runs.items():
         lengths = pandas.Series([run["response_length_after"] for run in own])
-        row = {"variant": variant, "before": statistics.mean(run["accuracy"][0][1] for run in own)}
-        row |= {"after": statistics.mean(after[variant]), "sd": pandas.Series(after[variant]).std()}
-        row |= {"length": lengths.mean(), "sd of length": lengths.std()}
+        row = {
+            "variant": variant,
+            "before": statistics.mean(run["accuracy"][0][1] for run in own),
+            "after": statistics.mean(after[variant]),
+            "sd": pandas.Series(after[variant]).std(),
+            "length": lengths.mean(),
+            "sd of length": lengths.std(),
+        }
         if "full" in after:
             row["to full"], row["±"] = paired_difference(after[variant], after["full"])
         rows.append(row)
