@@ -98,7 +98,7 @@ class Config:
     max_new_tokens: int = 8192  # length cap of a response, at least 1
     min_pixels: int = 3136  # smaller pictures are enlarged to this area, at least 1
     max_pixels: int = 2560000  # larger pictures are reduced to this area, at least 1
-    cache_gb: float = 0.0  # GB of key/value cache (0: 60 % of what is free), at least 0
+    cache_gb: float = 0.0  # GB of key/value cache (0: 0.6 of what is free), at least 0
     system_prompt: str = ""  # replaces the built-in system prompt
 
     observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
@@ -983,7 +983,7 @@ def load_problems(file, processor, config):
         except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
             faults.append(f"row {row}: {error}")
     faults = gather(faults)
-    if faults or not len(problems):
+    if faults:
         raise ValueError("\n  ".join([f"{file}: {len(faults)} unusable rows", *faults[:20]]))
     return problems
 
