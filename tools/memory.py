@@ -23,21 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import observe_r1
 
 
-def linear_layers(module):
-    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
-
-
-def count_weights(layers):
-    return sum(weight.numel() for layer in layers for weight in layer.parameters())
-
-
 def estimate_memory(config, prompt_tokens, cards=1):
     """Bytes that each card needs at most, by part; prompt_tokens: of the longest prompt."""
     shapes = transformers.AutoConfig.from_pretrained(config.model)
     text, tower = shapes.text_config, shapes.vision_config
     with torch.device("meta"):  # shapes without numbers
         model = transformers.Qwen2_5_VLForConditionalGeneration(shapes)
-    linear = linear_layers(model.model)
+    linear = [part for part in model.model.modules() if isinstance(part, torch.nn.Linear)]
+    in_linear = sum(weight.numel() for part in linear for weight in part.parameters())
     size, head = model.num_parameters(), model.lm_head.weight.numel()
 
     if config.lora_rank:  # two thin matrices beside each linear layer; all else in bf16
@@ -45,10 +38,10 @@ def estimate_memory(config, prompt_tokens, cards=1):
         trained = rounded = config.lora_rank * sides
         weights, reference, logits = 4 * trained + 2 * size, 0, 4 * head
     else:
-        trained, rounded = size, count_weights(linear)
+        trained, rounded = size, in_linear
         weights, reference, logits = 4 * size, 4 * size, 8 * head
     if cards == 1 and reference:  # its linear layers are in bf16
-        reference -= 2 * count_weights(linear)
+        reference -= 2 * in_linear
     parts = {
         "weights": weights / cards,
         "moments": 8 * trained / cards,
