@@ -598,7 +598,7 @@ def update(state, rollouts, advantages, config):
     trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
     reference = None
-    if config.kl_coef:
+    if config.kl_coef:  # first, because FSDP keeps in mind which weights it last saw trained
         with reference_policy(state) as base:
             reference = fixed_log_probs(base, rollouts, trained, config)  # [B,G,T]
     # Not the sampler's own numbers: those are rounded differently, and a ratio should start at 1.
@@ -1229,7 +1229,7 @@ def read_prompts(model, prompts, config):
     none = torch.zeros((0, 0), dtype=torch.bool, device=model.device)  # no responses yet
     row, _ = join_rows([pack_group(model_inputs(model, one), none, none) for one in prompts])
     cache = DynamicCache()
-    hidden = model.model(**row, cache=cache, use_cache=True).last_hidden_state[0]  # [L,H]
+    hidden = model.model(**row, cache=cache).last_hidden_state[0]  # [L,H]
     last = np.cumsum(lengths) - 1  # of each prompt
     layers = []
     for layer in cache.layers:
