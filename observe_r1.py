@@ -98,7 +98,7 @@ class Config:
     max_new_tokens: int = 8192  # length cap of a response, at least 1
     min_pixels: int = 3136  # smaller pictures are enlarged to this area, at least 1
     max_pixels: int = 2560000  # larger pictures are reduced to this area, at least 1
-    cache_gb: float = 0.0  # GB of key/value cache (0: 0.6 of what is free), at least 0
+    cache_gb: float = 0.0  # GB of key/value cache (0: 0.6 of a card's free, 8 on a CPU), at least 0
     system_prompt: str = ""  # replaces the built-in system prompt
 
     observe: bool = True  # ask for <observe> and reward it; false: think and answer alone
@@ -297,7 +297,7 @@ GREEDY = 0.0  # temperature at which the likeliest token is taken
 
 @dataclass
 class Rollouts:
-    """Prompts and their responses, on the policy's device; none of `vision_tokens` in a response."""
+    """Prompts and their responses, on the policy's device; `vision_tokens` are in none of these."""
 
     prompts: list  # B prompts of `encode_prompts`; they stay in host memory
     response_ids: torch.Tensor  # [B,G,T]
@@ -523,9 +523,10 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
 # d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
 # 1: this is the policy gradient. It makes the tokens of good responses likelier and those of bad
-# ones less likely; its mean over sampled responses is, but for a positive factor of each group, the
-# direction in which the expected reward rises fastest. Clipping ends the push once a token has moved by 20 % in the direction that its
-# advantage asks for. The KL penalty keeps the policy near the model it started from.
+# ones less likely; its mean over sampled responses is, but for a positive factor of each group,
+# the direction in which the expected reward rises fastest. Clipping ends the push once a token has
+# moved by 20 % in the direction that its advantage asks for. The KL penalty keeps the policy near
+# the model it started from.
 
 
 def grpo_loss(
@@ -645,11 +646,9 @@ def learning_rate_scale(update, num_updates, warmup_ratio):
 
 
 def make_optimizer(policy, config):
-    """AdamW on what is trained."""
+    """AdamW with betas 0.9 and 0.95 on what is trained."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
-    )
+    return torch.optim.AdamW(trained, config.learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
 
 
 @contextmanager
@@ -1191,8 +1190,7 @@ def unsharded(policy):
 
 
 # ----------------------------------------------------------------------------- attention and cache
-# What makes rollout and passes fast; with the library's own attention and cache the numbers would be
-# the same.
+# What makes rollout and passes fast: the numbers are those of the library's own attention and cache.
 
 
 def model_inputs(model, prompt):
