@@ -1190,7 +1190,7 @@ def unsharded(policy):
 
 
 # ----------------------------------------------------------------------------- attention and cache
-# What makes rollout and passes fast: the numbers are those of the library's own attention and cache.
+# What makes rollout and passes fast; the numbers are those of the library's attention and cache.
 
 
 def model_inputs(model, prompt):
