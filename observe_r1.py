@@ -18,7 +18,7 @@ differs from the paper's released code:
    skipped, its KL included.
 2. The loss is a mean over each response's tokens, then over responses. How the responses are
    split into backward passes changes memory, never the result.
-3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once.
+3. Mini-batches are whole groups, so that a prompt and its pictures are encoded once a pass.
 4. No prompt is cut and no problem is dropped in silence. Correctness is kept apart from rewards.
 
 Words:
@@ -31,7 +31,7 @@ mini-batch   the groups of one optimiser step
 step         one rollout and the optimiser steps on it, one for each of its mini-batches
 
 Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, N responses of any
-prompts, L tokens of responses in a flat list, H hidden size, V vocabulary.
+prompts, L tokens in a row or list, H hidden size, V vocabulary.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def mix_ladder(difficulty, complexity, seed=0):
     less reasoning.
     """
     # A line per stage: the shares of nine levels in it, read off the paper's figure to about .01;
-    # then how many of 1,000 problems are of that level, and how many in that stage.
+    # then how many of 1,000 problems are of that level, and how many in that stage, rounded.
     figure = """
         .29 .18  .19  .19  .17  0    0    0    0     15  42
         .05 .50  .15  .155 .15  0    0    0    0     35  42
@@ -197,11 +197,11 @@ def mix_ladder(difficulty, complexity, seed=0):
     share, (paper_level, paper_stage) = table[:, :9], table[:, 9:].T / 1000
 
     difficulty = np.asarray(difficulty, dtype=float)
-    # 1e-9, because in floats 7 * (1 - 6/7) falls short of 1.
-    level = np.floor(7 * difficulty + 1e-9).astype(int) + (difficulty > 0)
+    level = np.floor(7 * difficulty).astype(int) + (difficulty > 0)
     level_size, n = np.bincount(level, minlength=9), len(level)
+    # The paper's surplus of a stage over its level, less where the level is rarer here.
     surplus = (paper_stage - paper_level) * np.minimum(n, level_size / paper_level)
-    stage_size = level_size + surplus  # of the paper; less where the level is rarer
+    stage_size = level_size + surplus
     for _ in range(500):  # iterative proportional fitting
         share *= stage_size[:, None] / share.sum(1, keepdims=True).clip(1e-12)
         share *= level_size / share.sum(0).clip(1e-12)
@@ -219,7 +219,7 @@ def mix_ladder(difficulty, complexity, seed=0):
         counts = np.diag(level_size)
 
     # Each level is cut into its parts for the nine stages, and each part spread evenly over its
-    # stage, plus some chance: the stride of --max_steps might miss what stands at even places.
+    # stage, with jitter, lest the stride of --max_steps hit some levels alone.
     by_length = np.lexsort((complexity, level))  # level by level, in each the short ones first
     parts = counts.T.flatten()
     stage = np.tile(np.arange(9), 9).repeat(parts)
@@ -240,7 +240,7 @@ def select_problems(difficulty, complexity):
 
 
 def ladder(config):
-    """Build a NeuraLadder of raw problems: clean, score, select, mix. Returns its summary.json."""
+    """Make a NeuraLadder of raw problems: clean, score, select, mix. Returns its summary.json."""
     output, processor, raw, _ = start(config)
     engine = (load_model(config, DTYPE), processor, raw)
 
@@ -289,15 +289,15 @@ def training_steps(problems, config):
 
 # ----------------------------------------------------------------------------------------- rollout
 # For each prompt the policy, as it is now, writes G responses, token by token, sampled from
-# softmax(logits / temperature). Tokens that stand for pictures are never sampled: the next forward
-# pass would look for a picture that is not there.
+# softmax(logits / temperature). Tokens that stand for pictures are never sampled: the passes of the
+# update would look for a picture that is not there.
 
 GREEDY = 0.0  # temperature at which the likeliest token is taken
 
 
 @dataclass
 class Rollouts:
-    """Prompts and their responses, on the policy's device; `vision_tokens` are in none of these."""
+    """Prompts, and responses to them on the policy's device, which hold none of `vision_tokens`."""
 
     prompts: list  # B prompts of `encode_prompts`; they stay in host memory
     response_ids: torch.Tensor  # [B,G,T]
@@ -307,7 +307,7 @@ class Rollouts:
 
 @torch.no_grad()
 def sample(model, prompts, stop, config):
-    """G responses to each prompt: tokens [B,G,T], and how many of them, the stop token too [B,G].
+    """G responses to each prompt: tokens [B,G,T], and lengths [B,G] with the stop token.
 
     stop: tensor of the tokens that end a response.
     """
@@ -357,7 +357,7 @@ def rollout(model, processor, problems, config) -> Rollouts:
     prompts = encode_prompts(problems, processor, config)
     stop = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
     P = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    # A prompt's own forward pass takes some six times the memory of its keys and values.
+    # Beside a prompt's keys and values, its forward pass takes some six times their memory.
     tokens = max(config.num_generations * (P + config.max_new_tokens), 7 * P)
     size = max(1, int(cache_memory(config) / (tokens * cache_bytes(model.config))))
     parts = []
@@ -380,15 +380,15 @@ def rollout(model, processor, problems, config) -> Rollouts:
 # reward = accuracy {0, 1} + format {0, .5} + bonus {0, .2}. With p, the share of correct responses,
 # the weight of a group is 4 sigma p (1 - p): 0 if every response is right or every one wrong.
 # advantage = weight * (reward - mean) / std: how much better a response is than its siblings.
-# Subtracting the mean lowers the noise, and no more: it is the same for all responses.
+# Subtracting the mean lowers the noise, and the expected direction stays, but for a factor.
 # What std and weight do together: for rewards of 0 and 1 the std is about sqrt(p (1 - p)). Divided
 # by it, all groups have advantages of the same size (in root mean square), so that one success
-# among eight gets 2.5. The weight is 4 sigma std squared, so that 4 sigma std remains: most where
-# half is right, and little where luck or a wrong gold decides.
+# among eight gets 2.5. The weight is 4 sigma std squared, so that A = 4 sigma std (reward - mean):
+# most where half is right, and little where luck or a wrong gold decides.
 
 
 def score_rollouts(rollouts, problems, config):
-    """The three rewards, their sum `reward` and the length of each response [B,G]; weights [B]."""
+    """Rewards, their sum `reward`, length and whether it was cut of each response; weights [B]."""
     lengths = rollouts.mask.sum(-1).cpu()  # [B,G]
     groups = []
     for problem, texts, group_lengths in zip(problems, rollouts.texts, lengths.tolist()):
@@ -437,7 +437,7 @@ def pack_group(inputs, response_ids, mask):
 
     inputs: `model_inputs` of the prompt. Returns the inputs of the row, and for each of the L
     response tokens the place of its predecessor [L], whose hidden state predicts it. The row's
-    attention_mask is the list of lengths that `packed_attention` wants: P, then one a response.
+    attention_mask is the list of lengths that `packed_attention` wants: P, then one per response.
     """
     P = inputs["input_ids"].shape[1]
     nth = mask.cumsum(-1)[mask]  # [L]: 1, 2, ... within each response
@@ -461,7 +461,8 @@ def token_log_probs(hidden, targets, head, banned, temperature, chunk=512):
     Logits over a vocabulary of 152,000 tokens are the memory peak of training. They are made for
     `chunk` tokens at a time, reduced to one number each, and made again in the backward pass, in
     fp32, because bf16 would round logits of 20 to multiples of 1/8.
-    banned: tokens that are never sampled; they have no probability here either.
+    banned: tokens that are never sampled; they have no probability here either. To be called
+    outside autocast, which would round again.
     """
     head = head.float()
 
@@ -492,7 +493,7 @@ class Policy(torch.nn.Module):
         if rollouts is None:  # see `shard`
             return None
         model, packed = self.model, []
-        for b in dict.fromkeys(responses[0]) or [0]:  # of no responses, a prompt all the same
+        for b in dict.fromkeys(responses[0]) or [0]:  # an empty pass runs a prompt, too
             own = [g for a, g in zip(*responses) if a == b]
             inputs = model_inputs(model, rollouts.prompts[b])
             packed.append(pack_group(inputs, rollouts.response_ids[b, own], rollouts.mask[b, own]))
@@ -523,10 +524,10 @@ def response_log_probs(policy, rollouts, config, prompts=None):
 # The policy's probability of a token may have moved since it was sampled: ratio = p / p_old. As
 # d ratio = ratio * d log p, the gradient of ratio * A is that of log p times A where the ratio is
 # 1: this is the policy gradient. It makes the tokens of good responses likelier and those of bad
-# ones less likely; its mean over sampled responses is, but for a positive factor of each group,
-# the direction in which the expected reward rises fastest. Clipping ends the push once a token has
-# moved by 20 % in the direction that its advantage asks for. The KL penalty keeps the policy near
-# the model it started from.
+# ones less likely; its mean over sampled responses is, but for positive factors of groups and
+# lengths, the direction in which the expected reward rises fastest. Clipping ends the push once a
+# token has moved by 20 % in the direction that its advantage asks for. The KL penalty keeps the
+# policy near the model it started from.
 
 
 def grpo_loss(
@@ -599,7 +600,7 @@ def update(state, rollouts, advantages, config):
     trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
     reference = None
-    if config.kl_coef:  # first, because FSDP keeps in mind which weights it last saw trained
+    if config.kl_coef:  # first: while adapters are off, FSDP would note that nothing trains
         with reference_policy(state) as base:
             reference = fixed_log_probs(base, rollouts, trained, config)  # [B,G,T]
     # Not the sampler's own numbers: those are rounded differently, and a ratio should start at 1.
@@ -608,10 +609,10 @@ def update(state, rollouts, advantages, config):
         reference = old  # a placeholder: without a KL penalty it is multiplied by 0
 
     policy.train()
-    norms, sums = [], np.zeros(3)  # of responses, their KL and clipped share, over all passes
+    norms, sums = [], np.zeros(3)  # sums: of responses, their KL, their clipped share
     for num_groups, passes in minibatches(rollouts, trained, config):
         options = (config.clip_range, config.kl_coef, num_groups * config.num_generations)
-        for responses in passes:  # the numbers of some prompts, and in their groups
+        for responses in passes:  # numbers of their prompts, and in their groups
             log_probs = policy(rollouts, responses, config.temperature)  # [N,T]
             given = (old[responses], reference[responses], advantages[responses], mask[responses])
             loss, metrics = grpo_loss(log_probs, *given, *options)
@@ -636,7 +637,7 @@ def update(state, rollouts, advantages, config):
 def learning_rate_scale(update, num_updates, warmup_ratio):
     """Share of the peak learning rate in update 0, 1, ...: it rises evenly, then falls to a tenth.
 
-    One update at least warms up, one at least runs at the peak; the fall is half a cosine.
+    Of several, one at least warms up and one runs at the peak; the fall is half a cosine.
     """
     warmup = min(max(1, round(warmup_ratio * num_updates)), num_updates - 1)
     if update <= warmup:

@@ -74,7 +74,7 @@ def bonus_rewards(
 
     The floor keeps "be short" from becoming "do not reason": if the shortest correct response does
     not exceed it, nobody gets the bonus, not even a longer response. Ties go to the first. A length
-    counts the tokens of a response with its stop token. ValueError if they are not those of one group.
+    counts the tokens of a response with its stop token. ValueError unless both are those of one group.
 
     >>> bonus_rewards([True, True, False], [300, 200, 50])
     [0.0, 0.2, 0.0]

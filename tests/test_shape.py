@@ -9,8 +9,8 @@ from conftest import ROOT
 
 from observe_r1 import Config
 
-LIMIT = 10_505  # code tokens; comments and docstrings are free
-LINES = 1_563
+LIMIT = 10_502  # code tokens; comments and docstrings are free
+LINES = 1_564
 SOURCE = (ROOT / "observe_r1.py").read_text()
 FREE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
