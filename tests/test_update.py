@@ -213,7 +213,8 @@ def test_plan_passes(seed):
     for responses, following in zip(passes, [*passes[1:], None]):
         assert tokens(responses) <= budget or len(responses) == 1
         if following:
-            (b, g), group = following[0], [(following[0][0], g) for g in range(G)]
+            b, g = following[0]
+            group = [(b, response) for response in range(G)]
             torn = tokens(group) > budget  # else it begins a pass because the rest is too small
             assert tokens([*responses, *(group if g == 0 else following[:1])]) > budget
             assert g == 0 or torn
