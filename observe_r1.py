@@ -152,13 +152,18 @@ def chat_messages(problem, config):
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
+def prompt_text(messages, processor):
+    """What the model reads, in its own layout; each picture is one token so far."""
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 def encode_prompts(problems, processor, config):
     """What the processor makes of each prompt, encoded alone: input_ids [1,P], pixel_values, ..."""
     prompts = []
     for problem in problems:
         messages = chat_messages(problem, config)
         images, _ = process_vision_info(messages)  # resizes, so the processor must not do it again
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = prompt_text(messages, processor)
         prompts.append(processor(text=text, images=images, do_resize=False, return_tensors="pt"))
     return prompts
 
@@ -599,13 +604,12 @@ def update(state, rollouts, advantages, config):
     advantages = advantages.to(mask.device)
     trained = [b for b, group in enumerate(advantages) if group.any()]  # the others are skipped
 
-    reference = None
     if config.kl_coef:  # first: while adapters are off, FSDP would note that nothing trains
         with reference_policy(state) as base:
             reference = fixed_log_probs(base, rollouts, trained, config)  # [B,G,T]
     # Not the sampler's own numbers: those are rounded differently, and a ratio should start at 1.
     old = fixed_log_probs(policy, rollouts, trained, config)  # [B,G,T]
-    if reference is None:
+    if not config.kl_coef:
         reference = old  # a placeholder: without a KL penalty it is multiplied by 0
 
     policy.train()
@@ -841,7 +845,7 @@ def load_model(config, dtype, device=None):
     """The checkpoint, on this process's device if no other is named."""
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
     model = model_class.from_pretrained(config.model, dtype=dtype)
-    return use_fast_attention(model).to(device or DEVICE)
+    return model.to(device or DEVICE)
 
 
 def add_adapters(model, config):
@@ -1002,8 +1006,7 @@ def check_problem(problem, processor, config):
     special = processor.tokenizer.added_tokens_decoder.values()
     if found := [token.content for token in special if token.special and token.content in question]:
         raise ValueError(f"the question holds the control tokens {found}")
-    messages = chat_messages(problem, config)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = prompt_text(chat_messages(problem, config), processor)
     if text.rstrip().endswith(("<observe>", "<think>", "<answer>")):
         raise ValueError("the chat template begins the response: take its tag out")
     length = len(processor.tokenizer(text)["input_ids"])
@@ -1324,10 +1327,7 @@ def cache_bytes(shapes):
 
 
 def cache_memory(config):
-    """Bytes for the key/value cache of a rollout.
-
-    Of what is free, the rest is for autocast's copies of the weights, and for logits.
-    """
+    """Bytes for a rollout's cache; what else is free holds autocast's bf16 weights and logits."""
     if config.cache_gb or not ACCELERATOR:
         return 1e9 * (config.cache_gb or 8)
     unused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()

@@ -174,7 +174,7 @@ def library_attention(model):
 def generate(model, processor, problems, config):
     """Sampling by transformers' `generate`, for prompts padded on the left."""
     chats = [observe_r1.chat_messages(problem, config) for problem in problems]
-    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    texts = observe_r1.prompt_text(chats, processor)
     pictures, _ = observe_r1.process_vision_info(chats)
     inputs = processor(
         text=texts,

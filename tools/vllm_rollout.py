@@ -65,7 +65,7 @@ def engine_request(problem, processor, config):
     """
     messages = observe_r1.chat_messages(problem, config)
     pictures, _ = observe_r1.process_vision_info(messages)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = observe_r1.prompt_text(messages, processor)
     return {"prompt": text, "multi_modal_data": {"image": pictures} if pictures else {}}
 
 
